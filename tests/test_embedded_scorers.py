@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 
 from inferenceguard.contracts import Message
 from inferenceguard.errors import CheckpointError, InvalidArgument
+from inferenceguard.scorers.bert import FusedBert
 from inferenceguard.scorers.embedded import (
     WEIGHTS,
     EmbeddedCost,
@@ -446,3 +447,24 @@ def test_distance_of_topics_is_a_cosine_of_weighted_words(shipped: tuple[Embedde
 
 def test_shipped_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*.safetensors")) < 50 * 2**20
+
+
+def test_the_fused_encoder_is_transformers_own() -> None:
+    """Against BertModel on random weights: padded batches and whole ones, one precision and the other."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    body = BertModel(config, add_pooling_layer=False).eval()
+    ids, mask = torch.randint(0, 64, (5, 17)), torch.ones(5, 17, dtype=torch.long)
+    types = torch.zeros_like(mask)
+    types[:, 9:] = 1
+    for lengths in ((17, 17, 17, 17, 17), (17, 3, 1, 16, 9)):
+        for row, length in enumerate(lengths):
+            mask[row, length:] = 0
+        with torch.inference_mode():
+            theirs = body(input_ids=ids, token_type_ids=types, attention_mask=mask).last_hidden_state
+            ours = FusedBert(body, torch.float32)(ids, types, mask)
+            rough = FusedBert(body, torch.bfloat16)(ids, types, mask)
+        seen = mask.bool()
+        assert torch.allclose(ours[seen], theirs[seen], atol=1e-5)
+        assert torch.allclose(rough[seen].float(), theirs[seen], atol=0.1)
+        assert not torch.allclose(rough[seen].float(), theirs[seen], atol=1e-5)  # it is another precision

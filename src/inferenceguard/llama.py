@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-PACKED_LIMIT = 2**26  # weights of a matrix that is held twice for speed; larger ones are slow for other reasons
+from inferenceguard.product import Product
+
 BODIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
 # (layer, query [B, heads, T, D], key and value [B, kv heads, T, D], options) -> [B, heads, T, D]
@@ -43,35 +43,6 @@ class _Norm:
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(self.eps))
         return self.weight * wide.to(hidden.dtype)
-
-
-@dataclass(frozen=True)
-class Product:
-    """x W^T + b, with the weights laid out beforehand as oneDNN reads them where that pays: bfloat16 on CPU.
-
-    At one to eight rows oneDNN otherwise spends half of its time on laying them out anew (docs/performance.md).
-    """
-
-    weight: Tensor  # [out, in]
-    bias: Tensor | None = None
-    packed: Tensor | None = None
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Product:
-        """A copy is laid out where torch has the means; it takes as much memory as the weight again."""
-        small = weight.numel() <= PACKED_LIMIT and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        try:
-            # what torch's own compiler uses; not public, hence the fallback
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4) if small else None
-        except (AttributeError, RuntimeError):
-            packed = None
-        return cls(weight, bias, packed)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if self.packed is None:
-            return linear(rows, self.weight, self.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
-        return out
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from inferenceguard.checkpoints import Tokenizer, checkpoint_directory, load_mod
 from inferenceguard.contracts import Conversation, Sampling
 from inferenceguard.errors import InvalidArgument, UnsupportedModel
 from inferenceguard.kv import CachedTransformer, KeyValues, pad_rows
-from inferenceguard.llama import Product
+from inferenceguard.product import Product
 from inferenceguard.sampling import draw_tokens, is_finite_or_banned, uniforms
 
 STATE = "engine"  # the owner's name of the caches in Beams.states

@@ -29,6 +29,7 @@ from transformers import BertConfig, BertModel
 
 from inferenceguard.contracts import Conversation, render_conversation
 from inferenceguard.errors import CheckpointError, InvalidArgument
+from inferenceguard.scorers.bert import FusedBert
 
 Precision = Literal["float32", "bfloat16"]
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -38,6 +39,7 @@ _FIRST_WORD = 1996  # in MiniLM's vocabulary: "the"; before it come control toke
 _ON_TOPIC = 0.34  # most answers reach this cosine with their prompts, and few unrelated texts do
 _REPETITION_AT_MOST = 1.5  # taken off for repetition: lists repeat themselves too
 _ENOUGH_WORDS = 20  # word pieces from which on that holds
+_BATCH_TOKENS = 1024  # of a batch: its intermediate tensors stay in the processor's cache
 _CHARACTERS_READ = 20_000  # far more than the tokens that are kept; bounds the tokenizer's work on huge texts
 
 
@@ -53,6 +55,7 @@ class EmbeddedScorer:
         self.fingerprint = fingerprint
         self.topics = Topics(encoder) if config.off_topic else None
         self.precision: Precision = "float32"
+        self.forward = FusedPairs(encoder, self.precision)
 
     @property
     def name(self) -> str:
@@ -74,6 +77,7 @@ class EmbeddedScorer:
             raise InvalidArgument("precision", "float32 or bfloat16", precision)
         other = copy.copy(self)
         other.precision = precision
+        other.forward = FusedPairs(self.encoder, precision)
         return other
 
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> Tensor:
@@ -90,7 +94,7 @@ class EmbeddedScorer:
         """As `score`, on (prompt, response) texts. Equal pairs are computed once, in batches of about equal length."""
         distinct = list(dict.fromkeys(pairs))
         inputs = [self.reader.read(prompt, response) for prompt, response in distinct]
-        raw = forward(self.encoder, inputs, self.precision)
+        raw = self.forward(inputs)
         row = {pair: index for index, pair in enumerate(distinct)}
         rows = torch.tensor([row[pair] for pair in pairs], dtype=torch.long)
         return (raw * self.config.scale + self.config.offset - self._faults(distinct, inputs))[rows]
@@ -233,7 +237,12 @@ class PairEncoder(nn.Module):
 
     def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
         """ids, types, mask [B, L] int64 -> raw scores [B] float32."""
-        hidden = self.bert(input_ids=ids, token_type_ids=types, attention_mask=mask).last_hidden_state  # [B, L, H]
+        return self.judge(
+            self.bert(input_ids=ids, token_type_ids=types, attention_mask=mask).last_hidden_state, types, mask
+        )
+
+    def judge(self, hidden: Tensor, types: Tensor, mask: Tensor) -> Tensor:
+        """The head on hidden states [B, L, H]: [B] float32."""
         prompt, response = _mean(hidden, mask * (1 - types)), _mean(hidden, mask * types)
         pooled = torch.cat((hidden[:, 0], prompt, response, prompt * response), dim=-1)
         scores: Tensor = self.head(pooled).squeeze(-1).float()
@@ -334,16 +343,25 @@ class Topics:
         return normalize(sums - sums @ self.common @ self.common.T, dim=-1)
 
 
-def forward(encoder: PairEncoder, inputs: Sequence[PairInput], precision: Precision, tokens: int = 8192) -> Tensor:
-    """Raw scores [B] float32 in batches of at most about `tokens` padded tokens, shortest pairs first."""
-    raw = torch.zeros(len(inputs), dtype=torch.float32)
-    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].ids))
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        while order:
-            size = next((n for n in range(1, len(order)) if (n + 1) * len(inputs[order[n]].ids) > tokens), len(order))
-            rows, order = order[:size], order[size:]
-            raw[torch.tensor(rows)] = encoder(*collate([inputs[row] for row in rows]))
-    return raw.clone()
+class FusedPairs:
+    """Raw scores of pairs, by `encoder` as it is now: later changes of its weights are not seen."""
+
+    def __init__(self, encoder: PairEncoder, precision: Precision) -> None:
+        self.encoder = encoder
+        self.body = FusedBert(encoder.bert, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+
+    def __call__(self, inputs: Sequence[PairInput]) -> Tensor:
+        """[B] float32, in batches of at most about _BATCH_TOKENS padded tokens, shortest pairs first."""
+        raw = torch.zeros(len(inputs), dtype=torch.float32)
+        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].ids))
+        with torch.inference_mode():
+            while order:
+                fits = (n for n in range(1, len(order)) if (n + 1) * len(inputs[order[n]].ids) > _BATCH_TOKENS)
+                size = next(fits, len(order))
+                rows, order = order[:size], order[size:]
+                ids, types, mask = collate([inputs[row] for row in rows])
+                raw[torch.tensor(rows)] = self.encoder.judge(self.body(ids, types, mask).float(), types, mask)
+        return raw.clone()
 
 
 def collate(inputs: Sequence[PairInput]) -> tuple[Tensor, Tensor, Tensor]:

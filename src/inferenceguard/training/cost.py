@@ -24,6 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, no
 from inferenceguard.errors import InvalidArgument
 from inferenceguard.scorers.embedded import (
     EmbeddedCost,
+    FusedPairs,
     PairEncoder,
     PairInput,
     PairLimits,
@@ -31,7 +32,6 @@ from inferenceguard.scorers.embedded import (
     Precision,
     ScorerConfig,
     collate,
-    forward,
     pretrained_encoder,
     read_tensors,
     save_scorer,
@@ -404,7 +404,7 @@ def _quick(reader: PairReader, corpus: Corpus, settings: CostTraining, encoder: 
     part = replace(part, preferences_validation=corpus.preferences_validation[:100])
 
     def cost_of(pairs: Sequence[tuple[str, str]]) -> Tensor:
-        return forward(encoder, [reader.read(*pair) for pair in pairs], settings.precision)
+        return FusedPairs(encoder, settings.precision)([reader.read(*pair) for pair in pairs])
 
     numbers = measure(cost_of, part)
     flat = {f"flag:{kind}": value["rate"] for kind, value in numbers.get("sample_flags", {}).items()}

@@ -24,12 +24,12 @@ from torch.nn.functional import logsigmoid
 from inferenceguard.errors import InvalidArgument
 from inferenceguard.scorers.embedded import (
     EmbeddedReward,
+    FusedPairs,
     PairEncoder,
     PairLimits,
     PairReader,
     Precision,
     ScorerConfig,
-    forward,
     is_unfinished,
     pretrained_encoder,
     read_tensors,
@@ -352,7 +352,7 @@ def _quick(reader: PairReader, corpus: Corpus, settings: RewardTraining, encoder
     """The same in the training's precision, on few constructed pairs, after each epoch."""
 
     def reward_of(pairs: Sequence[tuple[str, str]]) -> Tensor:
-        return forward(encoder, [reader.read(*pair) for pair in pairs], settings.precision)
+        return FusedPairs(encoder, settings.precision)([reader.read(*pair) for pair in pairs])
 
     return measure(reward_of, corpus.validation, settings.measured // 5)
 

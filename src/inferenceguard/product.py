@@ -1,0 +1,54 @@
+"""Products with fixed weights: the bulk of every forward pass here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+PACKED_LIMIT = 2**26  # weights of a matrix that is held twice for speed; larger ones are slow for other reasons
+
+
+@dataclass(frozen=True)
+class Product:
+    """x W^T + b, with the weights laid out beforehand as oneDNN reads them where that pays: bfloat16 on CPU.
+
+    At one to eight rows oneDNN otherwise spends half of its time on laying them out anew (docs/performance.md).
+    """
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None = None
+    packed: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Product:
+        """A copy is laid out where torch has the means; it takes as much memory as the weight again."""
+        small = weight.numel() <= PACKED_LIMIT and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        try:
+            # what torch's own compiler uses; not public, hence the fallback
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4) if small else None
+        except (AttributeError, RuntimeError):
+            packed = None
+        return cls(weight, bias, packed)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if self.packed is None:
+            return linear(rows, self.weight, self.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return out
+
+    def gelu(self, rows: Tensor) -> Tensor:
+        """gelu(x W^T + b), the exact one, in one pass over the result."""
+        if self.packed is None:
+            return gelu(self(rows))
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "gelu", [], "none")
+        return out
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """x W^T + b + other, in one pass over the result."""
+        if self.packed is None:
+            return self(rows) + other
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, self.packed, self.bias, "add")
+        return out
