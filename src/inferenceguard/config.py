@@ -2,6 +2,8 @@
 
 preset: embedded                       # or: model, reward, cost
 model: ./my-llm                        # or {name: ..., dtype: float32, device: cpu, engine: transformers}
+                                       # or {name: ./my-llm, engine: vllm, options: {url: http://gpu:8000,
+                                       #     latents_url: http://gpu:8001}}: a running vLLM (docs/deploy.md)
 reward: embedded                       # a name, a directory, "module:Class", an entry point; or {name, options}
 cost:                                  # or a combination
   max:
@@ -35,12 +37,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag, ValidationError
 
 from inferenceguard.budget import SafetyBudget
-from inferenceguard.contracts import Critic, Engine, Sampling, Scorer, ScorerLimits, ValueModel
+from inferenceguard.contracts import Critic, Engine, ReadsLatents, Sampling, Scorer, ScorerLimits, ValueModel
 from inferenceguard.critic.network import SafetyCritic
 from inferenceguard.critic.value import LatentValue
-from inferenceguard.embedded import TEMPERATURE, choose_dtype, load_engine, quiet_transformers
+from inferenceguard.embedded import TEMPERATURE, choose_dtype, embedded_directory, load_engine, quiet_transformers
 from inferenceguard.engines.transformers import TransformersEngine
-from inferenceguard.errors import CheckpointError, InvalidArgument, UnknownName
+from inferenceguard.engines.vllm import VLLMEngine
+from inferenceguard.errors import CheckpointError, InvalidArgument, MissingCapability, UnknownName
 from inferenceguard.guard import Guard
 from inferenceguard.objectives import OBJECTIVES
 from inferenceguard.scorers import EmbeddedCost, EmbeddedReward, Maximum, WeightedSum, load_scorer
@@ -100,7 +103,10 @@ METHODS = {
     "inferenceguard": "inference_guard",
 }
 NO_CRITIC = "no-critic"
-ENGINES: dict[str, Any] = {"transformers": TransformersEngine.from_pretrained}
+ENGINES: dict[str, Any] = {
+    "transformers": TransformersEngine.from_pretrained,
+    "vllm": VLLMEngine.from_pretrained,
+}
 GROUPS = ("engines", "scorers", "strategies")
 CRITIC_WEIGHTS = Path(__file__).resolve().parent / "weights" / "critic"
 VALUE_WEIGHTS = CRITIC_WEIGHTS.parent / "value"
@@ -221,11 +227,12 @@ def steering(scorer: Scorer, precision: torch.dtype) -> Scorer:
 
 def read_engine(
     model: Engine | str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu",
-    engine: str = "transformers", template: str | None = None,
+    engine: str = "transformers", template: str | None = None, options: Mapping[str, Any] = {},
 ) -> Engine:  # fmt: skip
     """An engine object as it is; a name or a directory through the engine of that name (or entry point).
 
-    `template` names one of TEMPLATES for the engine's tokenizer, for checkpoints that bring none.
+    `template` names one of TEMPLATES for the engine's tokenizer, for checkpoints that bring none; `options` are further
+    keyword arguments of the engine (the addresses of a vLLM server, say).
     """
     if template is not None and template not in TEMPLATES:
         raise UnknownName("template", template, TEMPLATES)
@@ -234,14 +241,17 @@ def read_engine(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = choose_dtype(dtype)
     if str(model) == EMBEDDED:
-        return load_engine(dtype, device)
+        if engine == "transformers":
+            return load_engine(dtype, device)
+        model = embedded_directory()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidArgument("device", "one that torch can use here", device) from error
     loader: Any = load_entry_point("inferenceguard.engines", engine)
     loader = getattr(loader, "from_pretrained", loader)
-    loaded: Engine = loader(model, dtype=dtype, device=device)
+    _fits(f"option of the engine {engine}", loader, options)
+    loaded: Engine = loader(model, dtype=dtype, device=device, **options)
     if template is not None:
         tokenizer: Any = getattr(loaded, "tokenizer", None)
         if tokenizer is None:
@@ -271,6 +281,9 @@ def read_critic(source: CriticSource | None, engine: Engine | None) -> Critic | 
     """A critic object as it is, or the file or directory of one; `embedded` is the shipped one."""
     if source is None or not isinstance(source, str | Path):
         return source
+    if engine is not None and not isinstance(engine, ReadsLatents):
+        hint = getattr(engine, "latents_hint", "Search without the critic (--no-critic).")
+        raise MissingCapability(engine.name, "InferenceGuard with a critic", "latents", hint=hint)
     if str(source) == EMBEDDED or source == CRITIC_WEIGHTS:
         require_weights("critic")
         source = CRITIC_WEIGHTS
@@ -394,6 +407,7 @@ class ModelPart(_Part):
     device: StrictStr = "cpu"
     engine: StrictStr = "transformers"
     template: StrictStr | None = None  # of TEMPLATES, for a checkpoint without a chat template
+    options: dict[str, Any] = Field(default_factory=dict)  # of the engine: a vLLM server's addresses, for instance
 
 
 def _branch(given: object) -> str:
@@ -545,8 +559,9 @@ class Config(_Part):
         with quiet_transformers():
             scorers = self.reward_scorer(), self.cost_scorer()
             engine = read_engine(
-                part.name, dtype=part.dtype, device=part.device, engine=part.engine, template=part.template
-            )
+                part.name, dtype=part.dtype, device=part.device, engine=part.engine, template=part.template,
+                options=part.options,
+            )  # fmt: skip
             critic, value = (name if isinstance(name, str) else EMBEDDED if name else None
                              for name in (self.critic, self.value))  # fmt: skip
             steers = read_value(value, engine)
@@ -650,6 +665,23 @@ def _defaults(strategy: str) -> dict[str, Any]:
         return {}
     own = {field.name for field in dataclasses.fields(STRATEGIES[strategy])}
     return {name: size for name, size in small.items() if name in own}
+
+
+def _fits(what: str, loader: Any, options: Mapping[str, Any]) -> None:
+    """Raises UnknownName for an option that the loader does not have, InvalidArgument for one that it needs."""
+    _, *own = inspect.signature(loader).parameters.values()  # the first is the model's name
+    own = [each for each in own if each.name not in ("dtype", "device")]
+    named = {each.name: each for each in own if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
+    if any(each.kind is each.VAR_KEYWORD for each in own):
+        return
+    for name in options:
+        if not named:
+            raise InvalidArgument(f"{what}s", "none", name)
+        if name not in named:
+            raise UnknownName(what, name, named)
+    for name, each in named.items():
+        if each.default is each.empty and name not in options:
+            raise InvalidArgument(f"{what}: {name}", "given", None)
 
 
 def _made(kind: Any, what: str, options: dict[str, Any]) -> Any:

@@ -173,6 +173,15 @@ class EditsLatents(ReadsLatents, Protocol):
         ...
 
 
+@runtime_checkable
+class ReportsHealth(Protocol):
+    """An engine that can be away for a while, behind a network say."""
+
+    def healthy(self) -> bool:
+        """Whether it could draw now; answers within a few seconds. May be called from any thread."""
+        ...
+
+
 class Scorer(Protocol):
     """Scores whole responses. Larger is more of what it measures: reward, or cost (> 0 unsafe)."""
 

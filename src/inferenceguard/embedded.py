@@ -63,6 +63,17 @@ def load_engine(dtype: str | torch.dtype = "auto", device: str = "cpu", *, gguf:
         return _load(copy, wanted, device)
 
 
+def embedded_directory() -> Path:
+    """The converted copy in the user's cache: what a vLLM server of the embedded LLM is started with."""
+    with quiet_transformers():
+        try:
+            return converted(find_gguf(), _cache_directory())
+        except OSError as error:
+            raise CheckpointError(
+                f"no directory can hold the converted {NAME} (540 MB): {error}.", hint="Set XDG_CACHE_HOME to one."
+            ) from error
+
+
 def choose_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
     """bfloat16 where this CPU multiplies it natively, else float32; or what `dtype` says."""
     if isinstance(dtype, torch.dtype):

@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferenceguard.budget import SafetyBudget
-from inferenceguard.contracts import BlockTrace, Conversation, GuardedResponse, Sampling
+from inferenceguard.contracts import BlockTrace, Conversation, GuardedResponse, ReportsHealth, Sampling
 from inferenceguard.guard import Guard
 from inferenceguard.record import trace_json
 from inferenceguard.server.errors import ApiError, explain
@@ -72,6 +74,18 @@ class Service:
         self.scheduler = Scheduler(guard, limits, self.metrics.finished)
         self.metrics.watch(self.scheduler)
         self.created = int(time.time())
+        self._probing, self._probed, self._healthy = threading.Lock(), -math.inf, True
+
+    def engine_healthy(self) -> bool:
+        """Whether the engine is there, asked once a second at most however often the probe is called."""
+        engine = self.guard.models.engine
+        if not isinstance(engine, ReportsHealth):
+            return True
+        with self._probing:
+            if time.monotonic() - self._probed >= 1.0:
+                self._healthy = engine.healthy()
+                self._probed = time.monotonic()
+            return self._healthy
 
     @property
     def most_tokens(self) -> int:
@@ -321,8 +335,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", responses={503: {"description": "Not ready"}})
     async def readyz() -> Response:
-        """Whether it takes requests."""
-        ready = service.scheduler.alive
+        """Whether it takes requests, and its engine can answer them."""
+        ready = service.scheduler.alive and await asyncio.to_thread(service.engine_healthy)
         return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
 
     @app.get("/metrics")
