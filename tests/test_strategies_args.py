@@ -201,3 +201,22 @@ def test_args_behind_the_gate() -> None:
         reasons.add(answer.finish_reason)
     assert "content_filter" in reasons
     assert reasons & {"stop", "length"}
+
+
+def test_under_reward_the_cost_model_reads_what_is_chosen() -> None:
+    models = toy_models(1)
+    texts: list[str] = []
+
+    def cost(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        texts.extend(responses)
+        return COST(prompts, responses)
+
+    watched = Models(models.engine, models.reward, FunctionScorer("cost", cost))
+    plain = ARGS(4, 2.0, 6, "lagrangian", multiplier=0.0)  # the same choice, every candidate charged
+    found, whole = (plan.generate(PROMPTS[:1], watched, Sampling(), [0]) for plan in (ARGS(4, 2.0, 6), plain))
+    tokens = found.beams.token_ids[0]
+    assert tokens == whole.beams.token_ids[0]
+    assert texts[: len(tokens)] == [models.engine.decode(tokens[: end + 1]) for end in range(len(tokens))]
+    assert len(texts) > 2 * len(tokens)
+    assert float(found.beams.budget[0]) == float(whole.beams.budget[0])
+    assert found.beams.blocks == whole.beams.blocks

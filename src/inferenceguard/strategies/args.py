@@ -5,6 +5,7 @@ Khanov, Burapacheep, Li: ARGS: Alignment as Reward-Guided Search (arXiv 2402.016
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from inferenceguard.beams import Beams, join
 from inferenceguard.budget import Accounting, SafetyBudget, check_accounting
 from inferenceguard.contracts import Conversation, Models, RanksTokens, Sampling, SearchResult, SearchStep
 from inferenceguard.errors import InvalidArgument, MissingCapability
-from inferenceguard.search import Propose, Scored, SearchPlan, blockwise_search, last_step
+from inferenceguard.search import Charge, Charged, Propose, Score, Scored, SearchPlan, blockwise_search, last_step
 from inferenceguard.strategies.ledger import COST_STATE, Ledger
 from inferenceguard.strategies.ranking import Ranking
 
@@ -30,7 +31,7 @@ class ARGS:
     """Each token is the best of the LLM's k likeliest by logit + w * objective(text with it). Stops at an end token.
 
     Greedy: `sampling` and the seeds change nothing. The caches are kept: each step reads one token per prompt, the one
-    that was chosen.
+    that was chosen. Under `reward` the cost model reads that one alone, too.
     """
 
     candidates: int = 10  # k
@@ -79,13 +80,15 @@ class ARGS:
             raise MissingCapability(models.engine.name, "ARGS", "the ranks of next tokens (RanksTokens)")
         ledger = Ledger.of(prompts, models, self.budget, self.accounting, self.max_new_tokens)
 
-        def score(rows: Beams) -> Scored:
-            return self._score(rows, ledger)
-
+        charge: Charge = ledger.charge
+        score: Score = functools.partial(self._score, ledger)
+        if self.objective == "reward":
+            rewarded = _Rewarded(score, charge)
+            charge, score = rewarded.charge, rewarded.score
         draw = _likeliest(models.engine, self.candidates)
-        return blockwise_search(prompts, models, sampling, seeds, self.plan, ledger.start, ledger.charge, score, draw)
+        return blockwise_search(prompts, models, sampling, seeds, self.plan, ledger.start, charge, score, draw)
 
-    def _score(self, rows: Beams, ledger: Ledger) -> Scored:
+    def _score(self, ledger: Ledger, rows: Beams) -> Scored:
         """logit + w * objective. -n is a score like any other: what is over budget is outranked, not refused."""
         scored = self.ranking.score(rows, ledger)
         score = cast(_Candidates, rows.states[STATE]).logit + self.weight * scored.score
@@ -113,6 +116,42 @@ def _likeliest(engine: RanksTokens, count: int) -> Propose:
         ), source
 
     return propose
+
+
+class _Rewarded:
+    """Where no cost is needed to choose: charges each prompt's choice alone, so the cost model reads one text, not k.
+
+    A choice that cannot be charged is not replaced by the next best: its prompt has no candidate then.
+    """
+
+    def __init__(self, score: Score, charge: Charge) -> None:
+        self._score, self._charge = score, charge
+        self._scored: Scored  # of the rows that were charged last
+
+    def charge(self, rows: Beams) -> Charged:
+        """The other candidates' cost is 0: they have not been charged."""
+        self._scored = self._score(rows)
+        best: dict[int, int] = {}
+        for row in torch.nonzero(self._scored.usable)[:, 0].tolist():
+            prompt = int(rows.prompt_index[row])
+            if prompt not in best or self._scored.score[row] > self._scored.score[best[prompt]]:
+                best[prompt] = row
+        chosen = sorted(best.values())
+        if not chosen:
+            return Charged(rows, torch.zeros(len(rows), dtype=torch.float64))
+        others = [row for row in range(len(rows)) if row not in set(chosen)]
+        charged = self._charge(rows.take(chosen))
+        merged = join(charged.beams, rows.take(others)).take(torch.tensor(chosen + others).argsort())
+        cost = torch.zeros(len(rows), dtype=torch.float64).index_put((torch.tensor(chosen),), charged.cost)
+        failed = charged.beams.prompt_index[~torch.isfinite(charged.beams.budget)]
+        lost = torch.isin(rows.prompt_index, failed)
+        budget = torch.where(lost, -torch.inf, merged.budget)
+        return Charged(replace(merged, budget=budget), torch.where(lost, torch.nan, cost), charged.faults)
+
+    def score(self, rows: Beams) -> Scored:
+        """As scored when they were charged."""
+        usable = self._scored.usable & torch.isfinite(rows.budget)
+        return replace(self._scored, usable=usable, feasible=usable)
 
 
 @dataclass(frozen=True)
