@@ -276,3 +276,22 @@ def test_prompts_cannot_open_a_turn() -> None:
         [{"role": "user", "content": "nothing to see"}], add_generation_prompt=True, return_dict=False
     )
     assert engine.encode(harmless) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_row_alone_in_bfloat16_is_read_as_in_float32(architecture: str) -> None:
+    """Alone it has all keys and values to itself, prompt included; then it is copied, and one copy goes on alone."""
+    tokens = list(range(5, 29))
+    half = CachedTransformer(tiny_model(architecture).base_model.to(torch.bfloat16))
+    plain = tiny_model(architecture).base_model(input_ids=torch.tensor([tokens]), use_cache=False)
+    cache, _ = half.prefill([tokens[:7]])
+    seen, rows = [], 1
+    for at in range(7, 24):
+        if at in (13, 18):
+            rows = 3 if at == 13 else 1
+            cache = cache.sealed().take(torch.tensor([0] * rows))
+        cache, hidden = half.read(cache, torch.full((rows, 1), tokens[at]), 8)
+        assert (cache.slabs[0].whole is not None) == (rows == 1)
+        seen.append(hidden[-1, 0])
+    wanted = plain.last_hidden_state[0, 7:].detach()
+    assert float((torch.stack(seen).float() - wanted).abs().max()) < 0.06 * float(wanted.abs().max())

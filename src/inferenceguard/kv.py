@@ -26,7 +26,7 @@ from inferenceguard.llama import AttentionOptions, FusedLlama
 
 ATTENTION = "inferenceguard"
 # In float32 on CPU, MKL multiplies a row differently in very small batches; in multiples of 4 rows, a row's result was
-# the same bit pattern in every batch (docs/log.md). So batches are padded to multiples of this.
+# the same bit pattern in every batch (docs/log.md). So float32 batches are padded to multiples of this.
 ROW_MULTIPLE = 4
 
 
@@ -52,6 +52,9 @@ class Slab:
     suffix: Tensor  # [layers, 2 (keys, values), stored rows, kv heads, capacity, head width]
     length: int  # suffix tokens read; capacity may be larger
     rows: Tensor | None = None  # [R] which stored row each row has; None: as stored. Copied when it is next read.
+    # Of a row alone in its slab: a buffer with the prompt's keys and values before the suffix, which is a view of its
+    # end, so that attention is one call. Not in float32, where bits must not depend on other prompts.
+    whole: Tensor | None = None  # [layers, 2, 1, kv heads, prompt tokens + capacity, head width]
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -128,7 +131,7 @@ class KeyValues:
 
     def sealed(self) -> KeyValues:
         """The same caches without reserved room: the next read copies, so they can be read any number of times."""
-        slabs = tuple(replace(slab, suffix=slab.suffix[:, :, :, :, : slab.length]) for slab in self.slabs)
+        slabs = tuple(replace(slab, suffix=slab.suffix[:, :, :, :, : slab.length], whole=None) for slab in self.slabs)
         return KeyValues(slabs, self.where)
 
     def positions(self) -> list[int]:
@@ -174,15 +177,30 @@ def _with_room(slabs: Sequence[Slab], count: int, capacity: int) -> Slab:
     size = sum(len(slab) for slab in slabs)
     shape = list(first.suffix.shape)
     shape[2], shape[4] = size, first.length + max(count, capacity)
-    suffix = first.suffix.new_zeros(shape)  # zeros, because unread room is multiplied by weights of zero
+    prefixes = tuple(prefix for slab in slabs for prefix in slab.prefixes)
+    whole = None
+    if size == 1 and first.suffix.dtype != torch.float32:
+        whole = _whole(prefixes[0], shape)
+        suffix = whole[:, :, :, :, prefixes[0].length :]
+    else:
+        suffix = first.suffix.new_zeros(shape)  # zeros, because unread room is multiplied by weights of zero
     start = 0
     for slab in slabs:
         read = slab.suffix[:, :, :, :, : slab.length]
         part = suffix[:, :, start : start + len(slab), :, : slab.length]
         part.copy_(read if slab.rows is None else read.index_select(2, slab.rows))
         start += len(slab)
-    prefixes = tuple(prefix for slab in slabs for prefix in slab.prefixes)
-    return Slab(prefixes, tuple(count for slab in slabs for count in slab.counts), suffix, first.length)
+    counts = tuple(count for slab in slabs for count in slab.counts)
+    return Slab(prefixes, counts, suffix, first.length, whole=whole)
+
+
+def _whole(prefix: Prefix, shape: Sequence[int]) -> Tensor:
+    """A buffer for the prompt's keys and values and a suffix of `shape` behind them."""
+    whole = prefix.keys[0].new_zeros([*shape[:4], prefix.length + shape[4], shape[5]])
+    for layer, parts in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        for kind, part in enumerate(parts):
+            whole[layer, kind, 0, :, : prefix.length] = part
+    return whole
 
 
 class CachedTransformer:
@@ -229,10 +247,13 @@ class CachedTransformer:
         cache = cache.ready(count, capacity)
         layout = cache.layout()
         positions = torch.cat([slab.positions(count) for slab in cache.slabs]).to(self.device)
-        hidden = self._forward(pad_rows(tokens[layout].to(self.device)), pad_rows(positions), _Read(cache.slabs))
+        tokens = tokens[layout].to(self.device)
+        if self.body.dtype == torch.float32:
+            tokens, positions = pad_rows(tokens), pad_rows(positions)
+        hidden = self._forward(tokens, positions, _Read(cache.slabs))
         states = torch.empty_like(hidden[: len(cache)])
         states[layout.to(self.device)] = hidden[: len(cache)]
-        grown = tuple(Slab(s.prefixes, s.counts, s.suffix, s.length + count) for s in cache.slabs)
+        grown = tuple(replace(slab, length=slab.length + count) for slab in cache.slabs)
         return KeyValues(grown, cache.where), states
 
     def _forward(self, tokens: Tensor, positions: Tensor | None, call: _Prefill | _Read) -> Tensor:
@@ -308,6 +329,8 @@ class _Read:
         self.slabs = slabs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        if len(self.slabs) == 1 and len(query) == len(self.slabs[0]):
+            return _attend_slab(self.slabs[0], layer, query, key, value, options)
         output, start = torch.empty_like(query), 0
         for slab in self.slabs:
             rows = slice(start, start + len(slab))
@@ -326,6 +349,10 @@ def _attend_slab(
     keys, values = slab.suffix[layer]
     keys[:, :, slab.length : end] = key
     values[:, :, slab.length : end] = value
+    if slab.whole is not None and count == 1 and options.window is None and options.softcap is None:
+        keys, values = slab.whole[layer, :, :, :, : slab.prefixes[0].length + end]
+        gqa = heads != kv_heads
+        return nn.functional.scaled_dot_product_attention(query, keys, values, scale=options.scaling, enable_gqa=gqa)
     if query.dtype == torch.float32:  # in lower precisions the kernel would copy a slice: it reads unread room too
         keys, values = keys[:, :, :end], values[:, :, :end]
     grouped = query.reshape(rows, kv_heads, -1, width)  # [R, kv, (heads / kv) * T, D]

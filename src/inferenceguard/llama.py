@@ -95,9 +95,10 @@ class FusedLlama:
         signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, :, None]
         cos = cos[:, :, None]  # [B, T, 1, D]
         for number, layer in enumerate(self.layers):
-            hidden = hidden + self._attention(number, layer, layer.before(hidden), cos, signed, attend)
+            seen = self._attention(number, layer, layer.before(hidden), cos, signed, attend)
+            hidden = layer.out.plus(seen, hidden)
             gate, up = layer.gate_up(layer.between(hidden)).chunk(2, -1)
-            hidden = hidden + layer.down(layer.activation(gate) * up)
+            hidden = layer.down.plus(layer.activation(gate) * up, hidden)
         return self.norm(hidden)
 
     def _attention(
@@ -113,7 +114,7 @@ class FusedLlama:
         turned = turned * cos + torch.cat((second, first), -1) * signed
         query, key = torch.split(turned, [self.heads, self.kv_heads], dim=2)
         seen = attend(number, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), layer.options)
-        return layer.out(seen.transpose(1, 2).reshape(batch, count, -1))
+        return seen.transpose(1, 2).reshape(batch, count, -1)
 
 
 def _fused(layer: Any, config: Any) -> _Layer:

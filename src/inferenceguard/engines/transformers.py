@@ -159,7 +159,8 @@ class TransformersEngine:
         return self._logits(latent.to(self.model.device, self.model.dtype)).float()
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._head(pad_rows(hidden))[: len(hidden)]
+        padded = pad_rows(hidden) if hidden.dtype == torch.float32 else hidden
+        logits = self._head(padded)[: len(hidden)]
         return logits if self._softcap is None else torch.tanh(logits.float() / self._softcap) * self._softcap
 
     def _verify_head(self) -> None:
