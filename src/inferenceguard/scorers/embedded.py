@@ -10,6 +10,7 @@ the head were tuned by `inferenceguard train cost` and `inferenceguard train rew
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib.util
 import json
@@ -207,9 +208,10 @@ class PairReader:
         self.limits = limits
         self.cls = _token_id(tokenizer, "[CLS]")
         self.sep = _token_id(tokenizer, "[SEP]")
+        self._prompt = functools.lru_cache(maxsize=256)(self.encode)  # a search scores many answers to each
 
     def read(self, prompt: str, response: str) -> PairInput:
-        return self.join(self.encode(prompt), self.encode(response))
+        return self.join(self._prompt(prompt), self.encode(response))
 
     def encode(self, text: str) -> list[int]:
         """All tokens of the text (of its two ends, if it is very long), without [CLS] and [SEP]."""
