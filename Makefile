@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup test check lint dist check-dist clean
+.PHONY: help run setup test check lint dist check-dist clean bench bench-gpu
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,13 @@ $(STAMP): pyproject.toml constraints.txt embedded-requirements.txt
 
 test: setup  ## Run the tests
 	$(BIN)/python -m pytest
+
+bench: setup  ## Measure what the guard costs against its alternatives, in turn (make bench BENCH="--only NAME")
+	-$(BIN)/python $(PIP) --no-deps --only-binary :all: xllamacpp==2026.10.11549  # a rival; without it its rows are skipped
+	$(BIN)/python -m benchmarks.bench $(BENCH)
+
+bench-gpu: setup  ## The same at 7B shape with random weights, on a machine with a GPU
+	$(BIN)/python -m benchmarks.bench --gpu $(BENCH)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check
