@@ -25,6 +25,7 @@ from inferenceguard.evaluation.prompts import EvaluationPrompt
 from inferenceguard.evaluation.refusals import is_refusal
 from inferenceguard.evaluation.runner import Entry, Evaluation, run
 from inferenceguard.guard import Guard
+from inferenceguard.kv import CachedTransformer
 from inferenceguard.scorers import EmbeddedCost
 from inferenceguard.testing import FaultyScorer, ToyCost, ToyCritic, ToyEngine, ToyReward
 from inferenceguard.text import visible_text
@@ -509,6 +510,31 @@ def test_the_tokens_that_a_scorer_reads_are_counted():
     torch.testing.assert_close(values, scorer.score(prompts, texts))
     assert count.of(0) + count.of(1) == pytest.approx(alone, rel=0.02)
     assert count.of(0) > count.of(1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # read by a fused pass; by its own modules
+def test_a_causal_scorers_cached_reads_are_counted(architecture):
+    body = tiny_model(architecture).base_model
+    size = transformer_size(body)
+
+    class Causal:
+        name, fingerprint = "causal", "0"
+
+        def __init__(self):
+            self.reader = CachedTransformer(body)
+
+        def score(self, prompts, responses):
+            cache, _ = self.reader.prefill([[5] * 7])
+            self.reader.read(cache, torch.tensor([[6, 7, 8]]))
+            return torch.zeros(len(prompts))
+
+    meter = Meter()
+    meter.engine(TransformersEngine(tiny_model("llama"), tiny_tokenizer()))
+    counted = meter.scorer(Causal())
+    with meter.batch([conversation("hi")]) as count:
+        counted.score([conversation("hi")], ["you"])
+    rows = 4  # three of them pad the batch, and are read
+    assert count.of(0) == size.flops(7, sum(range(1, 8))) + rows * size.flops(3, 8 + 9 + 10)
 
 
 def test_gradient_steps_count_forward_and_back():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from inferenceguard.product import Product
+from inferenceguard.product import FusedPass, Product
 
 BODIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
@@ -59,10 +59,11 @@ class _Layer:
     options: AttentionOptions
 
 
-class FusedLlama:
+class FusedLlama(FusedPass):
     """tokens [B, T] and positions [B or 1, T] -> post-norm hidden states [B, T, H]; attention is handed in."""
 
     def __init__(self, body: PreTrainedModel) -> None:
+        super().__init__(body)
         parts, config = cast(Any, body), body.config
         self.embed: Any = parts.embed_tokens
         self.rotary: Any = parts.rotary_emb
@@ -88,6 +89,7 @@ class FusedLlama:
             return None
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        self.tell(input_ids=tokens, position_ids=positions)
         hidden = self.embed(tokens)
         cos, sin = self.rotary(hidden, position_ids=positions)
         half = sin.shape[-1] // 2

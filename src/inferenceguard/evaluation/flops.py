@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from inferenceguard.beams import Beams
 from inferenceguard.contracts import Conversation, Critic, Engine, Scorer, ValueModel
+from inferenceguard.product import FusedPass
 
 PACKAGE = "inferenceguard."
 T = TypeVar("T")
@@ -244,6 +245,14 @@ def _reading(scorer: object) -> Iterator[list[float]]:
                 flops.append(_pass(size, given, named))
 
             stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for fused in _held(scorer, FusedPass):
+            size = transformer_size(fused.body)
+
+            def watch(inputs: dict[str, Any], size: Size = size) -> None:
+                flops.append(_pass(size, (), inputs))
+
+            fused.watchers.append(watch)
+            stack.callback(fused.watchers.remove, watch)
         yield flops
 
 
@@ -278,15 +287,21 @@ def _outermost(module: nn.Module) -> list[PreTrainedModel]:
     return found
 
 
-def _modules(owner: object, depth: int = 3) -> list[nn.Module]:
-    """The modules among an object's attributes, and those of its parts (a sum's scorers, a cache's model)."""
-    found: list[nn.Module] = []
+def _modules(owner: object) -> list[nn.Module]:
+    return _held(owner, nn.Module)
+
+
+def _held(owner: object, kind: type[T], depth: int = 3) -> list[T]:
+    """What of this kind is among an object's attributes and those of its parts (a sum's scorers, a cache's model)."""
+    found: list[T] = []
     for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
         for part in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(part, nn.Module):
+            if isinstance(part, kind):
                 found.append(part)
+            elif isinstance(part, nn.Module):
+                continue
             elif depth and (type(part).__module__.startswith(PACKAGE) or hasattr(part, "score")):
-                found += _modules(part, depth - 1)
+                found += _held(part, kind, depth - 1)
     return found
 
 

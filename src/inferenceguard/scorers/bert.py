@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from transformers import BertModel
 
-from inferenceguard.product import Product
+from inferenceguard.product import FusedPass, Product
 
 
-class FusedBert:
+class FusedBert(FusedPass):
     """ids, types and mask [B, L] -> last hidden states [B, L, H] in `dtype`. Weights are those at construction."""
 
     def __init__(self, body: BertModel, dtype: torch.dtype) -> None:
+        super().__init__(body)
         self.embeddings = body.embeddings
         self.dtype = dtype
         self.heads = int(body.config.num_attention_heads)
         self.layers = [_Layer.of(layer, dtype) for layer in cast(Any, body.encoder).layer]
 
     def __call__(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
+        self.tell(input_ids=ids, attention_mask=mask)
         hidden = self.embeddings(input_ids=ids, token_type_ids=types).to(self.dtype)
         shape = hidden.shape
         rows = hidden.view(-1, shape[-1])
