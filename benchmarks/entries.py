@@ -28,7 +28,7 @@ from inferenceguard.strategies import BaseSampling, InferenceGuard
 from inferenceguard.text import visible_text
 
 SAMPLING = Sampling(temperature=TEMPERATURE)
-SHORT, MIDDLE, LONG = Rounds(5, 9, 45), Rounds(3, 7, 90), Rounds(2, 3, 240)
+SHORT, MIDDLE, LONG = Rounds(5, 9, 30), Rounds(3, 7, 60), Rounds(2, 3, 150)
 PATIENCE = ScorerLimits(seconds=900)
 CRITIC_WIDTH = 256  # of the embedded critic
 NEVER = 1e6  # a budget that nothing overspends, where both sides must do the same work
@@ -410,7 +410,7 @@ def long_response(lab: Lab) -> Row:
         "long-response",
         (f"{many} tokens", lambda: draw(lab.endless, ids, rows, many)),
         (f"{few} tokens", lambda: draw(lab.endless, ids, rows, few)),
-        Rounds(2, 3, 150), Bar("<=", 1.3), f"a token of a draw of {few} tokens",
+        LONG, Bar("<=", 1.3), f"a token of a draw of {few} tokens",
         {"rows": rows, "tokens": [many, few], "prompt_tokens": len(ids)}, scale=few / many,
     )  # fmt: skip
 
