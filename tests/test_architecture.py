@@ -12,7 +12,20 @@ ROOT = Path(inferenceguard.__file__).parent
 
 # A module may import what stands in its own group or in an earlier one. Names are modules or packages of the root.
 LAYERS = (
-    {"errors", "contracts", "beams", "budget", "objectives", "text", "checkpoints", "chat", "kv", "llama", "sampling"},
+    {
+        "errors",
+        "contracts",
+        "beams",
+        "budget",
+        "objectives",
+        "text",
+        "checkpoints",
+        "chat",
+        "kv",
+        "llama",
+        "memory",
+        "sampling",
+    },
     {"search"},
     {"strategies"},
     {"record", "guard", "session"},
