@@ -55,7 +55,7 @@ def ledger(client: openai.OpenAI, model: str) -> None:
 
 
 def tighter_budget(client: openai.OpenAI, model: str) -> None:
-    """A request may lower the budget, not raise it. Over it, the fallback leaves."""
+    """A request may lower the budget, not raise it. Over it the fallback leaves; where that is over it too, nothing."""
     answer = client.chat.completions.create(
         model=model, messages=question("Name a colour."), max_tokens=16, seed=1,
         extra_body={"inferenceguard": {"budget": -1000.0}},
