@@ -27,13 +27,17 @@ if command -v "${tools}lm_eval" > /dev/null; then
   echo "== lm-eval, text completions"
   "${tools}lm_eval" run --model local-completions --include_path examples/lm_eval --tasks guarded_facts \
     --model_args "model=embedded,base_url=$url/completions,num_concurrent=4,max_retries=1,tokenizer_backend=None,tokenized_requests=False"
-  echo "== lm-eval, log-likelihoods: refused"
-  if "${tools}lm_eval" run --model local-completions --include_path examples/lm_eval --tasks guarded_likelihood \
-    --model_args "model=embedded,base_url=$url/completions,max_retries=1,tokenizer_backend=None,tokenized_requests=False" \
-    > "$work/refused.log" 2>&1; then
-    echo "log-likelihoods were answered" && exit 1
+  # The harness needs a tokenizer for these, and transformers to read it.
+  tokenizer="$(ls -d "${XDG_CACHE_HOME:-$HOME/.cache}"/inferenceguard/smollm2-*-v1 | head -n 1)"
+  if "${tools}python" -c "import transformers" 2> /dev/null; then
+    echo "== lm-eval, log-likelihoods: refused"
+    if "${tools}lm_eval" run --model local-completions --include_path examples/lm_eval --tasks guarded_likelihood \
+      --model_args "model=embedded,base_url=$url/completions,max_retries=1,tokenizer=$tokenizer,tokenized_requests=False" \
+      > "$work/refused.log" 2>&1; then
+      echo "log-likelihoods were answered" && exit 1
+    fi
+    grep -o -m 1 "logprobs is not supported by this server" "$work/refused.log"
   fi
-  grep -m 1 "is not supported" "$work/refused.log"
 fi
 
 if command -v "${tools}inspect" > /dev/null; then

@@ -8,12 +8,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from inferenceguard import Guard, InferenceGuard, SafetyBudget
 from inferenceguard.testing import ToyCost, ToyEngine, ToyReward
 from served import serving
+from tiny import tiny_model, tiny_tokenizer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -42,6 +44,18 @@ def test_the_openai_client() -> None:
     assert [(int(rows), int(kept)) for rows, kept in shown] == blocks
     assert re.search(r"^budget -1000: '.*' \(content_filter\)$", said, re.MULTILINE)
     assert "error: 400 unsupported_parameter: logprobs is not supported by this server.\n" in said
+
+
+def test_the_code_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    page = (EXAMPLES.parent / "docs" / "integrations.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("my-llm")
+    tiny_tokenizer().save_pretrained("my-llm")
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/integrations.md", "exec"), names)
+    assert names["sequences"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize(
