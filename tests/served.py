@@ -19,6 +19,7 @@ from inferenceguard.engines.transformers import TransformersEngine
 from inferenceguard.guard import Guard
 from inferenceguard.scorers import FunctionScorer
 from inferenceguard.server import create_app
+from inferenceguard.server.protocol import TimedProtocol
 from inferenceguard.strategies import InferenceGuard
 from inferenceguard.testing import ToyCost, ToyEngine, ToyReward
 from tiny import tiny_model, tiny_tokenizer
@@ -50,7 +51,14 @@ class Live:
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(app, log_level="critical", http="h11", timeout_graceful_shutdown=20)
+        config = uvicorn.Config(
+            app,
+            log_level="critical",
+            http=TimedProtocol,
+            ws="none",
+            timeout_graceful_shutdown=20,
+            timeout_keep_alive=10,
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()

@@ -301,7 +301,7 @@ def test_time_limits() -> None:
         releaser.start()
         status, answer = chat(live)
         assert (status, answer["error"]["code"]) == (504, "timeout")
-        assert live.service.scheduler.running == 0
+        wait(lambda: live.service.scheduler.running == 0)
         raw = socket.create_connection(("127.0.0.1", live.port))
         raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert raw.recv(64).startswith(b"HTTP/1.1 408")

@@ -48,6 +48,9 @@ def serve(
     """Serve the guard with OpenAI's HTTP interface, and a page to watch it at /."""
     if not 0 <= port < 65536:
         raise InvalidArgument("--port", "from 0 to 65535", port)
+    from inferenceguard.memory import bound_kernel_caches
+
+    bound_kernel_caches()  # before torch is imported
     from inferenceguard.config import load_config, parse_config
     from inferenceguard.server import ApiKeys, Limits, create_app
 
@@ -79,9 +82,11 @@ def run(app: FastAPI, host: str, port: int, connections: int, grace: float) -> N
     """Serves until SIGTERM or SIGINT, then finishes what is in flight."""
     import uvicorn
 
+    from inferenceguard.server.protocol import TimedProtocol
+
     uvicorn.run(
-        app, host=host, port=port, log_level="info", access_log=False, server_header=False, http="h11",
-        limit_concurrency=connections, timeout_keep_alive=10, timeout_graceful_shutdown=int(grace) or None,
+        app, host=host, port=port, log_level="info", access_log=False, server_header=False, http=TimedProtocol,
+        ws="none", limit_concurrency=connections, timeout_keep_alive=10, timeout_graceful_shutdown=int(grace) or None,
     )  # fmt: skip
 
 

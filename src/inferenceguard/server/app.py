@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,7 +29,17 @@ from inferenceguard.record import trace_json
 from inferenceguard.server.errors import ApiError, explain
 from inferenceguard.server.limits import ApiKeys, Limits
 from inferenceguard.server.metrics import Metrics
-from inferenceguard.server.scheduler import Scheduler, Ticket, guarded, plain_faults
+from inferenceguard.server.openapi import (
+    STREAM,
+    ChatAnswer,
+    ErrorAnswer,
+    ModelCard,
+    ModelList,
+    Status,
+    TextAnswer,
+    request_body,
+)
+from inferenceguard.server.scheduler import Expired, Scheduler, Ticket, guarded, plain_faults
 from inferenceguard.server.schema import ChatRequest, TextRequest, UnguardedRequest, parse
 from inferenceguard.session import Event, Question
 from inferenceguard.strategies import BaseSampling, InferenceGuard
@@ -36,6 +47,11 @@ from inferenceguard.strategies import BaseSampling, InferenceGuard
 logger = logging.getLogger("inferenceguard.server")
 STATIC = Path(__file__).resolve().parent / "static"
 PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
+ERRORS = {
+    400: "Bad input", 401: "No valid key", 404: "No such model", 408: "The body was too slow",
+    413: "The body is too large", 429: "The queue is full", 500: "The engine failed", 503: "Shutting down",
+    504: "Out of time",
+}  # fmt: skip
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -57,7 +73,8 @@ def create_app(
         yield
         await asyncio.to_thread(service.scheduler.close)
 
-    app = FastAPI(title="InferenceGuard", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="InferenceGuard", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  separate_input_output_schemas=False)  # fmt: skip
     app.state.service = service
     _add_errors(app, service)
     _add_routes(app, service)
@@ -183,6 +200,7 @@ class Answers:
     def __init__(self, service: Service, questions: Sequence[Question]) -> None:
         self.service, self.questions = service, questions
         self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + service.limits.request_seconds
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = service.scheduler.submit(
             questions, service.limits.request_seconds, self._listen
@@ -193,8 +211,15 @@ class Answers:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     async def next(self) -> tuple[int, Event]:
-        """(which question, what happened). Raises the error of an answer that failed."""
-        index, event = await self._events.get()
+        """(which question, what happened). Raises the error of an answer that failed, or Expired.
+
+        The search looks at the time between blocks; here it runs out even while an engine hangs.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                index, event = await self._events.get()
+        except TimeoutError:
+            raise Expired from None
         if event.error is not None:
             raise event.error
         return index, event
@@ -285,61 +310,66 @@ def _plain_blocks(blocks: Sequence[BlockTrace]) -> list[dict[str, Any]]:
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    def described(kind: type[Any]) -> dict[str, Any]:
-        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-        parts = schema.pop("$defs", {})
-        text = json.dumps(schema)
-        for name, part in parts.items():  # in place: OpenAPI's components are FastAPI's to fill
-            text = text.replace(json.dumps({"$ref": f"#/components/schemas/{name}"}), json.dumps(part))
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": json.loads(text)}}}}
+    def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+        return {status: {"description": ERRORS[status], "model": ErrorAnswer} for status in statuses}
 
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": text} for status, text in (
-            (400, "Bad input"), (401, "No valid key"), (404, "No such model"), (408, "The body was too slow"),
-            (413, "The body is too large"), (429, "The queue is full"), (500, "The engine failed"),
-            (503, "Shutting down"), (504, "Out of time"))
-    }  # fmt: skip
+    def answers(kind: type[ChatAnswer | TextAnswer]) -> dict[int | str, dict[str, Any]]:
+        whole = {"description": "The answers", "model": kind, "content": {"text/event-stream": STREAM}}
+        return {200: whole, **errors(400, 401, 404, 408, 413, 429, 500, 503, 504)}
 
-    @app.post("/v1/chat/completions", responses=errors, openapi_extra=described(ChatRequest))
+    keys = [Depends(HTTPBearer(auto_error=False))] if service.keys.required else []  # for the description alone
+
+    @app.post(
+        "/v1/chat/completions", responses=answers(ChatAnswer), openapi_extra=request_body(ChatRequest, service),
+        dependencies=keys,
+    )  # fmt: skip
     async def chat(request: Request) -> Response:
         """An answer to a conversation."""
         service.authorize(request)
         asked = parse(ChatRequest, await service.body(request))
         return await _answer(service, request, asked, True)
 
-    @app.post("/v1/completions", responses=errors, openapi_extra=described(TextRequest))
+    @app.post(
+        "/v1/completions", responses=answers(TextAnswer), openapi_extra=request_body(TextRequest, service),
+        dependencies=keys,
+    )  # fmt: skip
     async def complete(request: Request) -> Response:
         """An answer to a prompt, which is read as one user's turn."""
         service.authorize(request)
         asked = parse(TextRequest, await service.body(request))
         return await _answer(service, request, asked, False)
 
-    @app.get("/v1/models", responses={401: errors[401]})
+    @app.get("/v1/models", responses={200: {"model": ModelList}, **errors(401)}, dependencies=keys)
     async def models(request: Request) -> Response:
         """The one model."""
         service.authorize(request)
         return JSONResponse({"object": "list", "data": [_model(service)]})
 
-    @app.get("/v1/models/{name:path}", responses={401: errors[401], 404: errors[404]})
-    async def model(request: Request, name: str) -> Response:
+    named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": service.name}
+
+    @app.get(
+        "/v1/models/{name:path}", responses={200: {"model": ModelCard}, **errors(401, 404)}, dependencies=keys,
+        openapi_extra={"parameters": [named]},
+    )  # fmt: skip
+    async def model(request: Request) -> Response:
         """The one model, by name."""
         service.authorize(request)
-        if name != service.name:
+        if request.path_params["name"] != service.name:
             raise ApiError(404, "There is no such model.", param="model", code="model_not_found")
         return JSONResponse(_model(service))
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses={200: {"model": Status}})
     async def healthz() -> Response:
         """Whether the process is there."""
         return JSONResponse({"status": "ok"})
 
-    @app.get("/readyz", responses={503: {"description": "Not ready"}})
+    @app.get("/readyz", responses={200: {"model": Status}, 503: {"description": "Not ready", "model": Status}})
     async def readyz() -> Response:
         """Whether it takes requests, and its engine can answer them."""
         ready = service.scheduler.alive and await asyncio.to_thread(service.engine_healthy)
         return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

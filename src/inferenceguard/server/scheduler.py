@@ -13,6 +13,7 @@ from typing import Any
 
 from inferenceguard.contracts import GuardedResponse
 from inferenceguard.guard import Guard
+from inferenceguard.memory import Trimmer
 from inferenceguard.server.limits import Limits
 from inferenceguard.session import Event, Question, Session
 
@@ -63,6 +64,8 @@ class Scheduler:
         self._chores: deque[Callable[[], None]] = deque()
         self._closing = False
         self._seconds = 1.0  # of a recent answer, smoothed
+        self._trimmer = Trimmer()
+        self._busy_since: float | None = None  # time.monotonic() when the work at hand began
         self._thread = threading.Thread(target=self._run, name="search", daemon=True)
 
     def start(self) -> None:
@@ -71,8 +74,10 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether answers are being made and taken on."""
-        return self._thread.is_alive() and not self._closing
+        """Whether answers are being made and taken on: not so when one block takes longer than a request may."""
+        since = self._busy_since
+        stuck = since is not None and time.monotonic() - since > self.limits.request_seconds
+        return self._thread.is_alive() and not self._closing and not stuck
 
     @property
     def waiting(self) -> int:
@@ -142,11 +147,25 @@ class Scheduler:
                 if self._closing and not (self._waiting or self._running or self._chores):
                     return
                 chores = [self._chores.popleft() for _ in range(len(self._chores))]
-            for job in chores:
-                job()
-            self._drop()
-            self._admit()
-            self._step()
+            self._busy_since = time.monotonic()
+            try:
+                for job in chores:
+                    job()
+                self._drop()
+                self._admit()
+                self._step()
+            except Exception as error:  # a bug: nobody gets an answer of this session, and a new one begins
+                self._fail(error)
+            self._busy_since = None
+            self._trimmer.after_block(idle=not (self._waiting or self._running))
+
+    def _fail(self, error: Exception) -> None:
+        logger.exception("the search failed")
+        self._session = Session(self.guard)
+        tickets = list(self._running.values())
+        self._running.clear()
+        for ticket in tickets:
+            self._end(ticket, Event(-1, error=error))
 
     def _drop(self) -> None:
         """Lets go of who was cancelled and of whose time is over."""
@@ -185,13 +204,7 @@ class Scheduler:
     def _step(self) -> None:
         if not self._running:
             return
-        try:
-            events = self._session.step()
-        except Exception as error:  # a bug: nobody gets an answer of this session, and a new one begins
-            logger.exception("the search failed")
-            events = [Event(number, error=error) for number in self._running]
-            self._session = Session(self.guard)
-        for event in events:
+        for event in self._session.step():
             ticket = self._running[event.number]
             if event.response is not None or event.error is not None:
                 del self._running[event.number]

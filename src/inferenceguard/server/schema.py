@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from inferenceguard.contracts import Conversation, conversation
 from inferenceguard.server.errors import ApiError
@@ -35,6 +35,10 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
 }
 _Text = Annotated[str, Field(strict=True)]
+# For the description; what is checked by hand below has better messages.
+_Stop = {"type": "string", "minLength": 1, "maxLength": 256}
+_STOPS = {"anyOf": [_Stop, {"type": "array", "items": _Stop, "maxItems": 4}, {"type": "null"}], "default": None}
+_SAYS = {"type": "string", "pattern": r"\S"}  # conversation() strips it
 
 
 class _Part(BaseModel):
@@ -83,7 +87,7 @@ class _Completion(_Part):
     model: str | None = None
     n: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Annotated[str | list[str] | None, WithJsonSchema(_STOPS)] = None
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
@@ -125,10 +129,13 @@ class ChatRequest(_Completion):
         return [conversation(turns, name="messages")]
 
 
+_Said = Annotated[_Text, WithJsonSchema(_SAYS)]
+
+
 class TextRequest(_Completion):
     """POST /v1/completions. Each prompt is answered as one user's turn: the guard serves a chat."""
 
-    prompt: _Text | Annotated[list[_Text], Field(min_length=1, max_length=64)]
+    prompt: _Said | Annotated[list[_Said], Field(min_length=1, max_length=64)]
 
     @property
     def prompts(self) -> list[Conversation]:
@@ -157,13 +164,18 @@ def parse(kind: type[Request], body: bytes) -> Request:
     if not isinstance(fields, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
     for name, harmless in UNSERVED.items():
-        if name in fields and not any(fields[name] == value for value in harmless):
+        if name in fields and not any(_same(fields[name], value) for value in harmless):
             raise ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
     known = {name: value for name, value in fields.items() if name not in IGNORED and name not in UNSERVED}
     try:
         return kind.model_validate(known)
     except (ValidationError, RecursionError) as error:
         raise _mapped(error) from error
+
+
+def _same(given: Any, value: Any) -> bool:
+    """Equal as JSON: in Python 0 is False."""
+    return isinstance(given, bool) == isinstance(value, bool) and bool(given == value)
 
 
 def _mapped(error: Exception) -> ApiError:
