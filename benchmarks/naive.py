@@ -172,3 +172,10 @@ class Generates:
         ids = torch.tensor([list(text) for text in texts], device=self.model.device)
         hidden: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return hidden[:, -1].float()
+
+    @torch.inference_mode()
+    def cache(self, text: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of one text, per layer, as transformers keeps them."""
+        ids = torch.tensor([list(text)], device=self.model.device)
+        layers = self.model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+        return [(layer.keys, layer.values) for layer in layers]
