@@ -51,7 +51,17 @@ class Server:
     def start(self) -> None:
         environment = {**os.environ, "VLLM_PYTHON": PYTHON, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
                        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}  # fmt: skip
-        options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--served-model-name", "smollm2"]
+        options = [
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--block-size",
+            "32",
+            "--max-model-len",
+            "1024",
+            "--served-model-name",
+            "smollm2",
+        ]
         command = [ROOT / "deploy" / "vllm.sh", self.role, embedded_directory(), str(self.port), *options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

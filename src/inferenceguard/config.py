@@ -250,7 +250,7 @@ def read_engine(
         raise InvalidArgument("device", "one that torch can use here", device) from error
     loader: Any = load_entry_point("inferenceguard.engines", engine)
     loader = getattr(loader, "from_pretrained", loader)
-    _fits(f"option of the engine {engine}", loader, options)
+    _fits(f"the engine {engine}", loader, options)
     loaded: Engine = loader(model, dtype=dtype, device=device, **options)
     if template is not None:
         tokenizer: Any = getattr(loaded, "tokenizer", None)
@@ -676,12 +676,12 @@ def _fits(what: str, loader: Any, options: Mapping[str, Any]) -> None:
         return
     for name in options:
         if not named:
-            raise InvalidArgument(f"{what}s", "none", name)
+            raise InvalidArgument(f"options of {what}", "none", name)
         if name not in named:
-            raise UnknownName(what, name, named)
+            raise UnknownName(f"option of {what}", name, named)
     for name, each in named.items():
         if each.default is each.empty and name not in options:
-            raise InvalidArgument(f"{what}: {name}", "given", None)
+            raise InvalidArgument(f"option of {what}: {name}", "given", None)
 
 
 def _made(kind: Any, what: str, options: dict[str, Any]) -> Any:
