@@ -26,8 +26,8 @@ def tiny_directory(directory: Path, architecture: str = "llama") -> Path:
 class FakeVLLM:
     """`transport` answers /v1/models, /v1/completions, /pooling and /health as vLLM 0.32 does."""
 
-    def __init__(self, directory: Path, context: int = 200) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    def __init__(self, directory: Path, context: int = 200, kind: Any = AutoModelForCausalLM) -> None:
+        self.model: Any = kind.from_pretrained(directory)
         self.context = context
         self.requests: list[tuple[str, Any]] = []
         self.failures: list[Any] = []  # exceptions or responses for the next requests but those to /health
@@ -113,5 +113,8 @@ class FakeVLLM:
         data = []
         for index, ids in enumerate(body["input"]):
             hidden = self.hidden(ids).float()
+            if hasattr(self.model, "score"):  # a classifier
+                assert body["use_activation"] is False
+                hidden = self.model.score(hidden)
             data.append({"index": index, "data": base64.b64encode(hidden.numpy().astype("<f4").tobytes()).decode()})
         return {"data": data}

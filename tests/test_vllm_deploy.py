@@ -77,6 +77,7 @@ def test_the_script_starts_either_server():
     told = ran("latents", "./my llm", "8001")
     pooling = '--runner pooling --convert embed --pooler-config {"pooling_type": "LAST", "use_activation": false}'
     assert told.stdout.strip() == f"{module} --disable-uvicorn-access-log {pooling}"
+    assert '--convert classify --pooler-config {"use_activation": false}' in ran("score", "./my-cost", "8001").stdout
     assert ran("propose", "./my-llm").returncode == 2
     assert "deploy/vllm.sh propose MODEL PORT" in ran().stderr
     assert ran("serve", "./my-llm", "8001").returncode == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import threading
 from collections.abc import Coroutine, Sequence
@@ -11,12 +12,16 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
+import numpy as np
+import torch
+from torch import Tensor
 
-from inferenceguard.errors import EngineFault, InvalidArgument
+from inferenceguard.errors import EngineFault, InvalidArgument, UnknownName
 
 KEY = "VLLM_API_KEY"  # the environment variable that vLLM itself reads its key from
 PROBE_SECONDS = 2.0
 _AGAIN = frozenset({429, 500, 502, 503, 504})  # a server that restarts, or a balancer in front of one that has died
+_POOL_ROWS = 16  # per request: enough to save overhead, few enough to spread over nodes
 _PAUSE = 0.25  # seconds before the first retry; doubled for each further one
 
 T = TypeVar("T")
@@ -73,6 +78,41 @@ class Remote:
     def one(self, call: Call) -> Any:
         """One answer. Raises EngineFault."""
         return self.all([call])[0]
+
+    def model(self, name: str | None = None) -> tuple[str, int]:
+        """(the model's name here, tokens that fit). Raises UnknownName for one that is not served, EngineFault.
+
+        The name may be left out where there is one model only.
+        """
+        try:
+            cards = {str(card["id"]): card for card in self.one(Call("/v1/models"))["data"]}
+        except (KeyError, TypeError):
+            raise EngineFault(f"{self.url}/v1/models did not answer as vLLM does.") from None
+        if name is None and len(cards) == 1:
+            name = next(iter(cards))
+        if name is None or name not in cards:
+            raise UnknownName("served", str(name), cards, hint=f"These are the models of {self.url}.")
+        length = cards[name].get("max_model_len")
+        return name, int(length) if length else 2**31
+
+    def pool(self, model: str, rows: Sequence[tuple[int, ...]], width: int, **fields: Any) -> Tensor:
+        """What the pooling server `model` makes of each row of token ids: [B, width] float32, finite.
+
+        Equal rows are asked for once. `fields` go into the requests. Raises EngineFault.
+        """
+        distinct = list(dict.fromkeys(rows))
+        parts = [distinct[at : at + _POOL_ROWS] for at in range(0, len(distinct), _POOL_ROWS)]
+        wanted = {"model": model, "encoding_format": "base64", "embed_dtype": "float32", "endianness": "little"}
+        answers = self.all([
+            Call("/pooling", {**wanted, **fields, "input": [list(row) for row in part]}) for part in parts
+        ])  # fmt: skip
+        found = [
+            vector
+            for part, answer in zip(parts, answers, strict=True)
+            for vector in _vectors(answer, len(part), width, f"{self.url}/pooling")
+        ]
+        place = {row: at for at, row in enumerate(distinct)}
+        return torch.from_numpy(np.array([found[place[row]] for row in rows], dtype=np.float32).reshape(-1, width))
 
     def healthy(self) -> bool:
         """Whether `GET /health` says yes within two seconds."""
@@ -143,3 +183,21 @@ def _parsed(answer: httpx2.Response, where: str) -> Any:
         return answer.json()
     except ValueError:
         raise EngineFault(f"{where} answered something that is not JSON: {answer.text[:80]!r}.") from None
+
+
+def _vectors(answer: Any, rows: int, width: int, where: str) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """The vectors of one answer, checked."""
+    try:
+        data = sorted(answer["data"], key=lambda each: int(each["index"]))
+        vectors = [np.frombuffer(base64.b64decode(each["data"], validate=True), "<f4") for each in data]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineFault(f"{where} did not answer as vLLM does: {type(error).__name__} {error}.") from None
+    if len(vectors) != rows or any(vector.shape != (width,) for vector in vectors):
+        widths = sorted({len(vector) for vector in vectors})
+        raise EngineFault(
+            f"{where} gave {len(vectors)} vectors of {widths} numbers instead of {rows} of {width}: is it the same "
+            "model, started as a pooling server of its last token?"
+        )
+    if not all(bool(np.isfinite(vector).all()) for vector in vectors):
+        raise EngineFault(f"{where} gave numbers that are not finite.")
+    return vectors

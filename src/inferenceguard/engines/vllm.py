@@ -6,7 +6,6 @@ states that a critic reads come from a second server of the same model (docs/dep
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx2
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,13 +26,12 @@ from inferenceguard.checkpoints import checkpoint_directory, first_line, load_mo
 from inferenceguard.contracts import Conversation, Sampling
 from inferenceguard.engines.remote import Call, Remote
 from inferenceguard.engines.transformers import fingerprint
-from inferenceguard.errors import CheckpointError, EngineFault, InvalidArgument, UnknownName, UnsupportedModel
+from inferenceguard.errors import CheckpointError, EngineFault, InvalidArgument, UnsupportedModel
 from inferenceguard.sampling import is_finite_or_banned
 
 STATE = "engine"  # the owner's name of the prompts in Beams.states
 COOLEST, HOTTEST = 0.01, 2.0  # temperatures that vLLM samples at; it rounds lower ones up
 LARGEST_BIAS = 100.0  # vLLM cuts larger ones down
-_LATENT_ROWS = 16  # rows per request for latents: enough to save overhead, few enough to spread over nodes
 LATENTS_HINT = (
     "Start a second server of the same model with `--runner pooling --convert embed` and give its address as "
     "latents_url (docs/deploy.md), or search without the critic (--no-critic)."
@@ -81,10 +78,10 @@ class VLLMEngine:
         self._server = Remote(url, **settings)
         self._latents = None if latents_url is None else Remote(latents_url, **settings)
         try:
-            self.name, room = _served(self._server, served)
+            self.name, room = self._server.model(served)
             self._probe()
             if self._latents is not None:
-                self._latents_name, latents_room = _served(self._latents, served)
+                self._latents_name, latents_room = self._latents.model(served)
                 room = min(room, latents_room)
                 self.latent_width = int(config.hidden_size)
                 self._hidden([(self.end_tokens[0],)])
@@ -209,34 +206,9 @@ class VLLMEngine:
         return found
 
     def _hidden(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        """The hidden state of each row's last token [B, H] float32, from the second server; equal rows once."""
+        """The hidden state of each row's last token [B, H] float32, from the second server."""
         assert self._latents is not None
-        distinct = list(dict.fromkeys(rows))
-        parts = [distinct[at : at + _LATENT_ROWS] for at in range(0, len(distinct), _LATENT_ROWS)]
-        answers = self._latents.all([
-            Call("/pooling", {"model": self._latents_name, "input": [list(row) for row in part],
-                              "encoding_format": "base64", "embed_dtype": "float32", "endianness": "little"})
-            for part in parts
-        ])  # fmt: skip
-        found = [vector for part, answer in zip(parts, answers, strict=True) for vector in self._vectors(answer, part)]
-        place = {row: at for at, row in enumerate(distinct)}
-        return torch.from_numpy(np.stack([found[place[row]] for row in rows]))
-
-    def _vectors(self, answer: Any, rows: Sequence[Any]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-        assert self._latents is not None
-        try:
-            data = sorted(answer["data"], key=lambda each: int(each["index"]))
-            vectors = [np.frombuffer(base64.b64decode(each["data"], validate=True), "<f4") for each in data]
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineFault(f"{self._latents.url}/pooling did not answer as vLLM does: {error}.") from None
-        if len(vectors) != len(rows) or any(vector.shape != (self.latent_width,) for vector in vectors):
-            raise EngineFault(
-                f"{self._latents.url}/pooling gave {len(vectors)} vectors of {[len(v) for v in vectors[:1]]} numbers "
-                f"instead of {len(rows)} of {self.latent_width}: is it the same model, with pooling_type LAST?"
-            )
-        if not all(bool(np.isfinite(vector).all()) for vector in vectors):
-            raise EngineFault(f"{self._latents.url}/pooling gave numbers that are not finite.")
-        return vectors
+        return self._latents.pool(self._latents_name, rows, self.latent_width)
 
     def _probe(self) -> None:
         """One token, so that a server which does not tell token ids is refused here and not in the first answer."""
@@ -344,20 +316,6 @@ def _prompts(beams: Beams) -> tuple[tuple[int, ...], ...]:
     if not isinstance(state, Prompts):
         raise InvalidArgument("beams", "rows that this engine began, with their prompts", sorted(beams.states))
     return state.ids
-
-
-def _served(server: Remote, name: str | None) -> tuple[str, int]:
-    """(the model's name at the server, tokens that fit). Raises UnknownName for a name that it does not serve."""
-    try:
-        cards = {str(card["id"]): card for card in server.one(Call("/v1/models"))["data"]}
-    except (KeyError, TypeError):
-        raise EngineFault(f"{server.url}/v1/models did not answer as vLLM does.") from None
-    if name is None and len(cards) == 1:
-        name = next(iter(cards))
-    if name not in cards:
-        raise UnknownName("served", str(name), cards, hint=f"These are the models of {server.url}.")
-    length = cards[name].get("max_model_len")
-    return name, int(length) if length else 2**31
 
 
 # --- the directory ---------------------------------------------------------------------------------------------------

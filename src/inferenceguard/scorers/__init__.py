@@ -7,6 +7,7 @@ from inferenceguard.scorers.combine import Maximum, WeightedSum
 from inferenceguard.scorers.embedded import EmbeddedCost, EmbeddedReward
 from inferenceguard.scorers.guard_llm import GuardLLM
 from inferenceguard.scorers.load import load_scorer
+from inferenceguard.scorers.remote import VLLMClassifier
 from inferenceguard.scorers.safe import FailClosed, Outcome, ScoresPrefixes
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Outcome",
     "ScoresPrefixes",
     "SequenceClassifier",
+    "VLLMClassifier",
     "WeightedSum",
     "load_scorer",
 ]

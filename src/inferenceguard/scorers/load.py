@@ -14,6 +14,7 @@ from inferenceguard.scorers.beaver import BeaverScorer
 from inferenceguard.scorers.classifier import SequenceClassifier
 from inferenceguard.scorers.embedded import EmbeddedCost, EmbeddedReward
 from inferenceguard.scorers.guard_llm import GuardLLM
+from inferenceguard.scorers.remote import VLLMClassifier
 
 Purpose = Literal["reward", "cost"]
 EMBEDDED = "embedded"
@@ -28,7 +29,7 @@ def load_scorer(name_or_directory: str | Path, *, purpose: Purpose, **options: A
     a directory or an `owner/name`, by its config.json:
         format inferenceguard-pair-encoder   EmbeddedCost, EmbeddedReward
         LlamaForScore, LlamaModelForScore    BeaverScorer
-        ...ForSequenceClassification         SequenceClassifier
+        ...ForSequenceClassification         SequenceClassifier; with the option `url`, VLLMClassifier
         ...ForCausalLM, as a cost            GuardLLM
 
     `options` go to that class's `from_pretrained` (`labels`, `unsafe_label`, `prefix`, `dtype`, `device`, ...). Raises
@@ -43,19 +44,19 @@ def load_scorer(name_or_directory: str | Path, *, purpose: Purpose, **options: A
     config = read_config(directory)
     if config.get("format") == EMBEDDED_FORMAT or config.keys() >= EMBEDDED_FIELDS:
         return _with_options(embedded.load, "embedded", options, directory)
-    kind = _kind(directory, config, purpose)
+    kind = _kind(directory, config, purpose, options)
     if kind is BeaverScorer:
         options = {"purpose": purpose, **options}
     return _with_options(kind.from_pretrained, kind.__name__, options, name_or_directory)
 
 
-def _kind(directory: Path, config: dict[str, Any], purpose: Purpose) -> Any:
+def _kind(directory: Path, config: dict[str, Any], purpose: Purpose, options: dict[str, Any]) -> Any:
     architectures = [str(name) for name in config.get("architectures") or ()]
     for architecture in architectures:
         if architecture in beaver.ARCHITECTURES:
             return BeaverScorer
         if architecture.endswith("ForSequenceClassification"):
-            return SequenceClassifier
+            return VLLMClassifier if "url" in options else SequenceClassifier
         if architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) and purpose == "cost":
             return GuardLLM
     raise CheckpointError(
