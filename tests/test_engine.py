@@ -295,3 +295,12 @@ def test_a_row_alone_in_bfloat16_is_read_as_in_float32(architecture: str) -> Non
         seen.append(hidden[-1, 0])
     wanted = plain.last_hidden_state[0, 7:].detach()
     assert float((torch.stack(seen).float() - wanted).abs().max()) < 0.06 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompts_cache_holds_its_keys_and_values_and_no_more(architecture: str) -> None:
+    cache, _ = CachedTransformer(tiny_model(architecture).base_model).prefill([list(range(5, 29))])
+    (prefix,) = cache.slabs[0].prefixes
+    for part in prefix.keys + prefix.values:
+        assert part.untyped_storage().nbytes() == part.nbytes
+        assert part.is_contiguous()

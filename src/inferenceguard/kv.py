@@ -309,7 +309,9 @@ class _Prefill:
         self.values: dict[int, Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        self.keys[layer], self.values[layer] = key[0], value[0]
+        # Copies: what came is a view, which would keep the queries and all else that was projected with it.
+        keys, values = (part[0].clone(memory_format=torch.contiguous_format) for part in (key, value))
+        self.keys[layer], self.values[layer] = keys, values
         heads, kv_heads, length = query.shape[1], key.shape[1], query.shape[2]
         if options.softcap is None and options.window is None:
             # enable_gqa leaves keys unrepeated where the kernel can
