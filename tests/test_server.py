@@ -93,6 +93,12 @@ def test_a_stream_says_what_the_whole_answer_says(live: Live, seed: int) -> None
     assert usage == whole.usage
 
 
+def test_one_point_zero_is_an_integer_in_json(live: Live) -> None:
+    whole, same = chat(live, n=2, max_tokens=4), chat(live, n=2.0, max_tokens=4.0, seed=3.0)
+    assert same[0] == 200
+    assert [c["message"] for c in same[1]["choices"]] == [c["message"] for c in whole[1]["choices"]]
+
+
 def test_completions_stop_and_length(live: Live) -> None:
     client = live.client()
     for seed in range(6):

@@ -221,7 +221,7 @@ class Answers:
         except TimeoutError:
             raise Expired from None
         if event.error is not None:
-            raise event.error
+            raise event.error.with_traceback(None)  # it may be others' error too, and would grow with each of them
         return index, event
 
     async def all(self) -> list[GuardedResponse]:

@@ -35,7 +35,9 @@ class TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio."""
-        self._head, self._read = _stopped(self._head), _stopped(self._read)
+        _stop(self._head)
+        _stop(self._read)
+        self._head = self._read = None
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -46,17 +48,19 @@ class TimedProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         """asyncio: it has read."""
-        self._read = _stopped(self._read)
+        _stop(self._read)
+        self._read = None
         super().resume_writing()
 
     def _watch_head(self) -> None:
         """The time runs while a request's head is awaited; between requests uvicorn's own limit on idleness does."""
         if self.conn.their_state is not h11.IDLE or self.timeout_keep_alive_task is not None:
-            self._head = _stopped(self._head)
+            _stop(self._head)
+            self._head = None
         elif self._head is None:
             self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from inferenceguard.contracts import Conversation, conversation
 from inferenceguard.server.errors import ApiError
@@ -34,7 +34,16 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "best_of": (None, 1),
 }
+
+
+def _whole(value: Any) -> Any:
+    """In JSON 1.0 is an integer, too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 _Text = Annotated[str, Field(strict=True)]
+_Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+_Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
 # For the description; what is checked by hand below has better messages.
 _Stop = {"type": "string", "minLength": 1, "maxLength": 256}
 _STOPS = {"anyOf": [_Stop, {"type": "array", "items": _Stop, "maxItems": 4}, {"type": "null"}], "default": None}
@@ -70,7 +79,7 @@ class GuardOptions(_Part):
     """Our own part of a request. It can make the guard stricter or its search wider, and nothing else."""
 
     budget: float | None = Field(default=None, allow_inf_nan=False, description="d, at most the server's own")
-    n_beams: int | None = Field(default=None, ge=1, description="N, at least the server's own and at most its limit")
+    n_beams: _Count | None = Field(default=None, description="N, at least the server's own and at most its limit")
     ledger: bool = Field(default=False, description="send the record of the search with the answer")
 
 
@@ -85,10 +94,10 @@ class _Completion(_Part):
     """What both endpoints share."""
 
     model: str | None = None
-    n: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    n: _Count | None = None
+    seed: _Seed | None = None
     stop: Annotated[str | list[str] | None, WithJsonSchema(_STOPS)] = None
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: _Count | None = None
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     stream: bool | None = None
@@ -113,7 +122,7 @@ class ChatRequest(_Completion):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: _Count | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -148,8 +157,8 @@ class UnguardedRequest(_Part):
     """POST /v1/unguarded, where the operator allows it."""
 
     message: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    max_tokens: int | None = Field(default=None, ge=1)
+    seed: _Seed = 0
+    max_tokens: _Count | None = None
 
 
 Request = TypeVar("Request", bound=BaseModel)
