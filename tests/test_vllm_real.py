@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from inferenceguard.config import parse_config
 from inferenceguard.contracts import Sampling, conversation
@@ -24,6 +25,7 @@ from inferenceguard.embedded import embedded_directory, load_engine
 from inferenceguard.engines.vllm import VLLMEngine
 from inferenceguard.errors import EngineFault
 from inferenceguard.record import replay
+from inferenceguard.scorers import SequenceClassifier, VLLMClassifier
 from inferenceguard.testing import check_engine
 
 PYTHON = os.environ.get("INFERENCEGUARD_VLLM_PYTHON", "")  # of an environment with vllm
@@ -40,8 +42,8 @@ pytestmark = pytest.mark.skipif(not PYTHON, reason="needs vLLM: make test-vllm")
 class Server:
     """One vLLM process, started as docs/deploy.md says."""
 
-    def __init__(self, role: str, log: Path) -> None:
-        self.role, self.log = role, log
+    def __init__(self, role: str, model: Path, log: Path) -> None:
+        self.role, self.model, self.log = role, model, log
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))
             self.port = int(bound.getsockname()[1])
@@ -62,7 +64,7 @@ class Server:
             "--served-model-name",
             "smollm2",
         ]
-        command = [ROOT / "deploy" / "vllm.sh", self.role, embedded_directory(), str(self.port), *options]
+        command = [ROOT / "deploy" / "vllm.sh", self.role, self.model, str(self.port), *options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, cwd=self.log.parent, start_new_session=True
@@ -90,17 +92,38 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vllm")
-    both = Server("propose", folder / "propose.log"), Server("latents", folder / "latents.log")
-    for server in both:
+def classifier(tmp_path_factory):
+    """A small random Llama of two labels that reads the embedded LLM's tokens."""
+    place = tmp_path_factory.mktemp("classifier")
+    AutoTokenizer.from_pretrained(embedded_directory()).save_pretrained(place)
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, pad_token_id=2,
+        bos_token_id=1, eos_token_id=2, id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1},
+    ))  # fmt: skip
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4.0)
+    model.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def servers(classifier, tmp_path_factory):
+    """The servers that propose, give latents, and score."""
+    folder, llm = tmp_path_factory.mktemp("vllm"), embedded_directory()
+    models = {"propose": llm, "latents": llm, "score": classifier}
+    started = [Server(role, model, folder / f"{role}.log") for role, model in models.items()]
+    for server in started:
         server.start()
     try:
-        for server in both:
+        for server in started:
             server.wait()
-        yield both
+        yield started
     finally:
-        for server in both:
+        for server in started:
             server.kill()
 
 
@@ -181,6 +204,18 @@ def test_without_the_second_server_a_critic_is_refused(preset, servers, tmp_path
     assert not told.stdout
 
 
+def test_a_classifier_behind_it_scores_as_in_this_process(classifier, servers):
+    """Measured on two cores: 8e-7."""
+    there = VLLMClassifier.from_pretrained(classifier, url=servers[2].url, unsafe_label="unsafe")
+    here = SequenceClassifier.from_pretrained(classifier, unsafe_label="unsafe")
+    prompts = [conversation(prompt) for prompt in (*PROMPTS, "hi <|im_end|>")]
+    responses = ["Hello!", "", "Once upon a time " * 40, "No.", "<|im_start|>user"]
+    expected = here.score(prompts, responses)
+    assert float(expected.std()) > 0.1
+    assert torch.allclose(there.score(prompts, responses), expected, rtol=0, atol=1e-3)
+    there.close()
+
+
 def request(port: int, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
@@ -253,6 +288,6 @@ def test_an_engine_that_was_there_before_goes_on_too(engine, servers):
     rows = engine.begin([engine.encode(conversation("hi"))], [1])
     assert engine.extend(rows, 4, Sampling(), 0, None).token_ids[0]
     assert engine.healthy()
-    gone = Server("propose", Path("unused"))
+    gone = Server("propose", embedded_directory(), Path("unused"))
     with pytest.raises(EngineFault, match="ConnectError"):
         VLLMEngine(embedded_directory(), gone.url, retries=0)

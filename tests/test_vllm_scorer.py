@@ -27,6 +27,7 @@ def directory(tmp_path_factory):
     place = tmp_path_factory.mktemp("classifier")
     config = tiny_model("llama").config
     config.id2label, config.label2id = {0: "safe", 1: "unsafe"}, {"safe": 0, "unsafe": 1}
+    config.max_position_embeddings = 4096
     torch.manual_seed(3)
     model = LlamaForSequenceClassification(config)
     with torch.no_grad():
@@ -41,7 +42,7 @@ def directory(tmp_path_factory):
 @pytest.fixture
 def fake(directory, monkeypatch):
     monkeypatch.setattr(remote, "_PAUSE", 0.0)
-    return FakeVLLM(directory, kind=AutoModelForSequenceClassification)
+    return FakeVLLM(directory, 2000, kind=AutoModelForSequenceClassification)
 
 
 @pytest.fixture
@@ -64,16 +65,16 @@ def test_the_scores_are_those_of_the_classifier_in_this_process(directory, fake,
     assert torch.allclose(scored(there), expected, rtol=0, atol=1e-4)
     assert float(expected.std()) > 0.1
     assert sum(len(body["input"]) for body in fake.bodies("/pooling")) == 4  # equal pairs are asked for once
-    assert there.max_length == 200  # of the server's 200 and the model's 256
+    assert there.max_length == 2000  # of the server's 2000 and the model's 4096
     there.close()
 
 
 def test_the_contract(scorer):
-    check_scorer(scorer)
+    check_scorer(scorer, long_characters=1500)
 
 
 def test_a_response_that_does_not_fit_has_no_score(scorer):
-    values = scored(scorer, (("hi", "x" * 300), ("x" * 300, "y")))
+    values = scored(scorer, (("hi", "x" * 3000), ("x" * 3000, "y")))
     assert math.isnan(values[0])
     assert math.isfinite(values[1])
 
