@@ -24,6 +24,7 @@ LAYERS = (
         "kv",
         "llama",
         "memory",
+        "product",
         "sampling",
     },
     {"search"},

@@ -47,10 +47,11 @@ def test_the_caches_are_bounded_before_torch_reads_their_bounds(monkeypatch: pyt
         bound_kernel_caches()
     assert own == {CAPACITIES[0]: "7", CAPACITIES[1]: "256"}, "what the user says counts"
     code = (
-        "import sys, inferenceguard.cli.serve as serve\n"
+        "import sys\n"
         "from inferenceguard import memory\n"
+        "from inferenceguard.cli import main\n"
         "memory.bound_kernel_caches = lambda: sys.exit('torch' in sys.modules)\n"
-        "serve.serve(port=1)\n"
+        "main(['serve', '--port', '1'])\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr or "torch was there before"

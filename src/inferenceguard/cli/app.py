@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
+from inferenceguard import memory
 from inferenceguard.cli import files, show
 from inferenceguard.cli.certify import certify
 from inferenceguard.cli.evaluate import evaluate, report
@@ -302,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in options  # wherever it stands
     given = [argument for argument in options if argument != "--debug"] + given[len(options) :]
     _set_up_streams(debug)
+    memory.bound_kernel_caches()  # before torch is imported
     sys.exit(_run(given, debug))
 
 

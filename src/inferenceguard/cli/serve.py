@@ -48,9 +48,6 @@ def serve(
     """Serve the guard with OpenAI's HTTP interface, and a page to watch it at /."""
     if not 0 <= port < 65536:
         raise InvalidArgument("--port", "from 0 to 65535", port)
-    from inferenceguard.memory import bound_kernel_caches
-
-    bound_kernel_caches()  # before torch is imported
     from inferenceguard.config import load_config, parse_config
     from inferenceguard.server import ApiKeys, Limits, create_app
 

@@ -35,6 +35,7 @@ from inferenceguard.evaluation.flops import Count, Meter
 from inferenceguard.evaluation.measure import Measures, Released
 from inferenceguard.evaluation.prompts import EvaluationPrompt, digest
 from inferenceguard.guard import Guard
+from inferenceguard.memory import Trimmer
 from inferenceguard.record import software
 
 VERSION = 1
@@ -123,7 +124,7 @@ def run(
     measures = Measures(evaluation.guard, evaluation.judge, evaluation.block_tokens)
     methods = [_Runner(evaluation, entry, measures) for entry in evaluation.entries]
     _start_run(evaluation, out)
-    state = _State(evaluation, report)
+    state, trimmer = _State(evaluation, report), Trimmer()
     expected = [(entry.name, prompt.key) for entry in evaluation.entries for prompt in evaluation.prompts]
 
     def check(place: int, row: dict[str, Any]) -> None:
@@ -151,6 +152,7 @@ def run(
                 results.append(rows[max(0, done - start) :])
                 state.errors += sum(row["error"] is not None for row in rows[max(0, done - start) :])
                 state.advance(method, max(start, done), stop)
+                trimmer.after_block(idle=False)
         if retry_failed and state.errors:
             return _retry(out / RESULTS, methods)
     return state.errors
