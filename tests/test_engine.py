@@ -304,3 +304,25 @@ def test_a_prompts_cache_holds_its_keys_and_values_and_no_more(architecture: str
     for part in prefix.keys + prefix.values:
         assert part.untyped_storage().nbytes() == part.nbytes
         assert part.is_contiguous()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stacked_prompts_in_bfloat16_are_read_as_in_float32(architecture: str) -> None:
+    """Prompts of equal and unequal lengths, with 1 to 5 rows each, against each row alone."""
+    prompts = [list(range(5, 12)), list(range(9, 50)), list(range(30, 37)), list(range(3, 60)), list(range(8, 12))]
+    owners = [0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4]
+    fed = [[20 + row, 40 - row, 30 + row] for row in range(len(owners))]
+    half = CachedTransformer(tiny_model(architecture).base_model.to(torch.bfloat16))
+    cache, _ = half.prefill(prompts)
+    cache = cache.take(torch.tensor(owners))
+    seen = []
+    for step in range(3):
+        cache, hidden = half.read(cache, torch.tensor([[tokens[step]] for tokens in fed]), 4)
+        seen.append(hidden[:, 0])
+    assert len(cache.slabs[0].stacks) == 3  # 7 tokens twice, 41 and 57 tokens, 4 tokens
+    plain = tiny_model(architecture).base_model
+    for row, owner in enumerate(owners):
+        whole = plain(input_ids=torch.tensor([prompts[owner] + fed[row]]), use_cache=False)
+        wanted = whole.last_hidden_state[0, -3:].detach()
+        ours = torch.stack([states[row] for states in seen]).float()
+        assert float((ours - wanted).abs().max()) < 0.06 * float(wanted.abs().max())

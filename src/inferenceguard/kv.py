@@ -25,6 +25,8 @@ from inferenceguard.errors import UnsupportedModel
 from inferenceguard.llama import AttentionOptions, FusedLlama
 
 ATTENTION = "inferenceguard"
+STACKED = 512  # tokens of a prompt whose keys may be copied to lie beside other prompts'
+_ALIKE = 32  # tokens by which the lengths of prompts in one stack may differ
 # In float32 on CPU, MKL multiplies a row differently in very small batches; in multiples of 4 rows, a row's result was
 # the same bit pattern in every batch (docs/log.md). So float32 batches are padded to multiples of this.
 ROW_MULTIPLE = 4
@@ -44,6 +46,38 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Prompts of about equal lengths and numbers of rows, read in one product: a product each is mostly overhead.
+
+    Not in float32, where a row's bits must not depend on other prompts.
+    """
+
+    keys: tuple[Tensor, ...]  # per layer [P, kv heads, longest prompt's tokens, head width]
+    values: tuple[Tensor, ...]
+    unread: Tensor | None  # [P, 1, 1, tokens] bool: what only fills a shorter prompt up
+    rows: Tensor  # [P * r] the slab's rows, prompt by prompt, the last repeated for a prompt with fewer
+
+    @classmethod
+    def of(cls, prefixes: Sequence[Prefix], rows: Sequence[range]) -> Stack:
+        """Copies nothing for one prompt."""
+        most = max(len(own) for own in rows)
+        picked = torch.tensor([own[min(place, len(own) - 1)] for own in rows for place in range(most)])
+        device = prefixes[0].keys[0].device
+        if len(prefixes) == 1:
+            keys, values = (tuple(part[None] for part in parts) for parts in (prefixes[0].keys, prefixes[0].values))
+            return cls(keys, values, None, picked.to(device))
+        lengths = torch.tensor([prefix.length for prefix in prefixes], device=device)
+        longest = int(lengths.max())
+        unread = None if bool((lengths == longest).all()) else torch.arange(longest, device=device) >= lengths[:, None]
+        return cls(
+            _side_by_side([prefix.keys for prefix in prefixes], longest),
+            _side_by_side([prefix.values for prefix in prefixes], longest),
+            None if unread is None else unread[:, None, None],
+            picked.to(device),
+        )
+
+
+@dataclass(frozen=True)
 class Slab:
     """R rows that have read equally many tokens. Rows of one prompt stand together."""
 
@@ -55,6 +89,8 @@ class Slab:
     # Of a row alone in its slab: a buffer with the prompt's keys and values before the suffix, which is a view of its
     # end, so that attention is one call. Not in float32, where bits must not depend on other prompts.
     whole: Tensor | None = None  # [layers, 2, 1, kv heads, prompt tokens + capacity, head width]
+    stacks: tuple[Stack, ...] = ()  # all prompts, where there are several; their rows one after the other are ...
+    unstacked: Tensor | None = None  # [R] ... where each row is among them
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -131,8 +167,8 @@ class KeyValues:
 
     def sealed(self) -> KeyValues:
         """The same caches without reserved room: the next read copies, so they can be read any number of times."""
-        slabs = tuple(replace(slab, suffix=slab.suffix[:, :, :, :, : slab.length], whole=None) for slab in self.slabs)
-        return KeyValues(slabs, self.where)
+        slabs = (Slab(s.prefixes, s.counts, s.suffix[:, :, :, :, : s.length], s.length, s.rows) for s in self.slabs)
+        return KeyValues(tuple(slabs), self.where)
 
     def positions(self) -> list[int]:
         """[B] tokens that each row has read, prompt included; 0 for a row that has ended."""
@@ -191,7 +227,33 @@ def _with_room(slabs: Sequence[Slab], count: int, capacity: int) -> Slab:
         part.copy_(read if slab.rows is None else read.index_select(2, slab.rows))
         start += len(slab)
     counts = tuple(count for slab in slabs for count in slab.counts)
-    return Slab(prefixes, counts, suffix, first.length, whole=whole)
+    slab = Slab(prefixes, counts, suffix, first.length, whole=whole)
+    return slab if len(prefixes) == 1 or suffix.dtype == torch.float32 else _stacked(slab)
+
+
+def _stacked(slab: Slab) -> Slab:
+    """The same slab with its prompts in stacks."""
+    alike: dict[tuple[int, ...], list[tuple[Prefix, range]]] = {}
+    start = 0
+    for place, (prefix, count) in enumerate(zip(slab.prefixes, slab.counts, strict=True)):
+        kind = (-(-prefix.length // _ALIKE), count.bit_length()) if prefix.length <= STACKED else (-1, place)
+        alike.setdefault(kind, []).append((prefix, range(start, start + count)))
+        start += count
+    stacks = tuple(Stack.of(*zip(*members, strict=True)) for members in alike.values())
+    rows = torch.cat([stack.rows for stack in stacks])
+    places = torch.empty(start, dtype=torch.int64, device=rows.device)
+    places[rows] = torch.arange(len(rows), device=rows.device)  # of a repeated row any place will do
+    return replace(slab, stacks=stacks, unstacked=places)
+
+
+def _side_by_side(prompts: Sequence[tuple[Tensor, ...]], longest: int) -> tuple[Tensor, ...]:
+    """Per layer [P, kv heads, longest, head width], from [kv heads, tokens, head width] of each prompt."""
+    kv_heads, _, width = prompts[0][0].shape
+    whole = prompts[0][0].new_zeros(len(prompts[0]), len(prompts), kv_heads, longest, width)
+    for place, layers in enumerate(prompts):
+        for layer, part in enumerate(layers):
+            whole[layer, place, :, : part.shape[1]] = part
+    return whole.unbind()
 
 
 def _whole(prefix: Prefix, shape: Sequence[int]) -> Tensor:
@@ -367,6 +429,9 @@ def _attend_slab(
     if hidden is not None:
         scores.masked_fill_(hidden.repeat(heads // kv_heads, 1), -math.inf)
     on_suffix = _weighted(scores, values)
+    if slab.unstacked is not None and count == 1 and options.window is None:
+        on_prompt = _on_stacks(slab, layer, grouped, options)
+        return _merged(on_prompt, on_suffix, query.dtype).reshape(rows, heads, count, width)
     parts = torch.split(grouped.transpose(0, 1), list(slab.counts), dim=1)  # per prompt [kv, r, (heads / kv) * T, D]
     prompts = [
         _on_prompt(prefix, layer, part, slab.length, count, options)
@@ -382,6 +447,22 @@ class _Part(NamedTuple):
     out: Tensor  # [R, kv, Q, D] float32
     largest: Tensor  # [R, kv, Q, 1]
     total: Tensor  # [R, kv, Q, 1]
+
+
+def _on_stacks(slab: Slab, layer: int, query: Tensor, options: AttentionOptions) -> _Part:
+    """All rows, each on its prompt's keys. query [R, kv, Q, D]."""
+    _, kv_heads, queries, width = query.shape
+    found = []
+    for stack in slab.stacks:
+        prompts = len(stack.keys[layer])
+        shared = query[stack.rows].view(prompts, -1, kv_heads, queries, width).transpose(1, 2)  # [P, kv, r, Q, D]
+        scores = _scores(shared.reshape(prompts, kv_heads, -1, width), stack.keys[layer], options)
+        if stack.unread is not None:
+            scores.masked_fill_(stack.unread, -math.inf)
+        part = _weighted(scores, stack.values[layer])  # [P, kv, r * Q, .]
+        shaped = (each.view(prompts, kv_heads, -1, queries, each.shape[-1]).transpose(1, 2) for each in part)
+        found.append([each.reshape(-1, kv_heads, queries, each.shape[-1]) for each in shaped])
+    return _Part(*(torch.cat(each)[slab.unstacked] for each in zip(*found, strict=True)))
 
 
 def _on_prompt(prefix: Prefix, layer: int, query: Tensor, suffix: int, count: int, options: AttentionOptions) -> _Part:
