@@ -257,6 +257,7 @@ def _group(told: str, *parts: str) -> str:
 # --- names beside points ---------------------------------------------------------------------------------------------
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
+_Spot = tuple[float, float]
 _ANGLES = tuple(math.radians(15 * step) for step in range(24))
 _DISTANCES = (0.0, 14.0, 28.0, 44.0, 62.0, 84.0, 110.0, 140.0)
 
@@ -272,7 +273,7 @@ def _labels(points: Sequence[Point], x: Axis, y: Axis) -> list[str]:
         taken.append(((here - 2, y.at(point.y.high), here + 2, y.at(point.y.low)), 0.5))
     parts = []
     for name in sorted(spots, key=lambda name: _crowd(spots[name], list(spots.values()))):
-        box, place = _best_box(name, spots[name], taken)
+        box, place = _best_box(name, spots[name], taken, [spot for spot in spots.values() if spot != spots[name]])
         taken.append((box, 8.0))
         here, there = spots[name]
         middle = (box[1] + box[3]) / 2
@@ -285,8 +286,8 @@ def _labels(points: Sequence[Point], x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def _best_box(name: str, spot: tuple[float, float], taken: Sequence[tuple[_Box, float]]) -> tuple[_Box, int]:
-    """(where the name goes, how far away it is: 0 beside its point)"""
+def _best_box(name: str, spot: _Spot, taken: Sequence[tuple[_Box, float]], others: Sequence[_Spot]) -> tuple[_Box, int]:
+    """(where the name goes, how far away it is: 0 beside its point). Nearer to no other point than to its own."""
     wide, high = (7.7 if _family(name) == "inferenceguard" else 7.0) * len(name), 15.0
     best: tuple[float, _Box, int] | None = None
     for place, away in enumerate(_DISTANCES):
@@ -297,13 +298,21 @@ def _best_box(name: str, spot: tuple[float, float], taken: Sequence[tuple[_Box, 
             box = (middle_x - wide / 2, middle_y - high / 2, middle_x + wide / 2, middle_y + high / 2)
             cost = sum(weight * _overlap(box, other) for other, weight in taken) + _outside(box)
             cost += 1.2 * away + 6 * abs(down) + (3 if across < 0 else 0)
+            cost += sum(40 + 4 * (gap - _gap(box, other)) for gap in [_gap(box, spot)] for other in others
+                        if _gap(box, other) < gap + 4)  # fmt: skip
             if best is None or cost < best[0]:
                 best = (cost, box, place)
     assert best is not None
     return best[1], best[2]
 
 
-def _crowd(spot: tuple[float, float], others: Sequence[tuple[float, float]]) -> float:
+def _gap(box: _Box, spot: _Spot) -> float:
+    """From a box to a point."""
+    across = max(box[0] - spot[0], spot[0] - box[2], 0.0)
+    return math.hypot(across, max(box[1] - spot[1], spot[1] - box[3], 0.0))
+
+
+def _crowd(spot: _Spot, others: Sequence[_Spot]) -> float:
     return sum(math.exp(-math.dist(spot, other) / 60) for other in others)
 
 
