@@ -143,10 +143,12 @@ class Service:
         strategy: Any = self.guard.strategy
         asked = request.inferenceguard
         changes: dict[str, Any] = {}
+        for name in ("max_tokens", "max_completion_tokens"):  # each of them, though only one counts
+            tokens = getattr(request, name, None)
+            if tokens is not None and tokens > self.most_tokens:
+                raise ApiError(400, f"{name} must be at most {self.most_tokens}, got {tokens}.", param=name)
         tokens = request.most_tokens
         if tokens is not None:
-            if tokens > self.most_tokens:
-                raise ApiError(400, f"max_tokens must be at most {self.most_tokens}, got {tokens}.", param="max_tokens")
             changes["max_new_tokens"] = tokens
         if asked.budget is not None:
             if asked.budget > strategy.budget.limit:

@@ -121,7 +121,9 @@ class _Completion(_Part):
 class ChatRequest(_Completion):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    messages: list[ChatMessage] = Field(
+        min_length=1, max_length=1024, examples=[[{"role": "user", "content": "What is the capital of France?"}]]
+    )
     max_completion_tokens: _Count | None = None
 
     @property
