@@ -8,9 +8,7 @@ code which never releases Python's interpreter lock.
 from __future__ import annotations
 
 import math
-import queue
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -146,15 +144,16 @@ class _Job:
 
 
 class _Worker:
-    """One daemon thread, started on demand, that runs one job at a time. Ends with its owner."""
+    """Runs one job at a time, each in a daemon thread of its own.
+
+    A thread that stayed would keep a pool of OpenMP threads of its own. With more of those than cores OpenMP's threads
+    sleep between operations, and decoding, which has many small ones, took twice as long (docs/performance.md).
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: _Job | None = None
-        # The thread holds the queue, not this object, so that it can end when this object is gone.
-        weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def call(self, run: Callable[[], Any], seconds: float) -> tuple[Any, str]:
         """(result, "") or (None, fault). At most `seconds` after the worker is free; at once while it hangs."""
@@ -162,31 +161,25 @@ class _Worker:
             if self._last is not None and not self._last.done.is_set() and self._alive():
                 return None, "an earlier call still hangs"
             self._last = job = _Job(run, threading.Event())
-            self._ensure_thread()
-            self._jobs.put(job)
+            self._thread = threading.Thread(target=_work, args=(job,), name="scorer", daemon=True)
+            self._thread.start()
             if not job.done.wait(min(seconds, threading.TIMEOUT_MAX)):
                 return None, f"no answer within {seconds:g} s"
             self._last = None
+            self._thread.join(1.0)  # its pool ends with it
         return (None, job.fault) if job.fault else (job.result, "")
 
     def _alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _ensure_thread(self) -> None:
-        if not self._alive():  # the first call, or the first after a fork
-            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="scorer", daemon=True)
-            self._thread.start()
 
-
-def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
-        try:
-            job.result = job.run()
-        except BaseException as exc:  # a scorer's SystemExit must not end the worker
-            job.fault = _describe(exc)
-        finally:
-            job.done.set()
-            del job  # the result is the caller's; keep nothing alive while waiting
+def _work(job: _Job) -> None:
+    try:
+        job.result = job.run()
+    except BaseException as exc:  # a scorer's SystemExit is a fault like any other
+        job.fault = _describe(exc)
+    finally:
+        job.done.set()
 
 
 def _describe(error: BaseException) -> str:
