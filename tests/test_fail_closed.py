@@ -18,6 +18,7 @@ from torch import Tensor
 
 from inferenceguard.contracts import Conversation, ScorerLimits, conversation
 from inferenceguard.errors import InvalidArgument
+from inferenceguard.scorers import FunctionScorer
 from inferenceguard.scorers.safe import FailClosed
 
 PROMPT = conversation("hello")
@@ -196,6 +197,20 @@ def test_calls_of_several_threads_wait_for_each_other() -> None:
     assert sorted(results) == [0.0, 1.0, 2.0, 3.0]
 
 
+def test_no_thread_to_be_had_is_a_fault_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = FailClosed(FunctionScorer("one", lambda prompts, texts: [1.0] * len(texts)), ScorerLimits())
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        outcome = guarded.outcome([PROMPT], ["a"])
+    assert outcome.values.isnan().all()
+    assert outcome.faults == ("one: RuntimeError: can't start new thread",)
+    assert guarded.outcome([PROMPT], ["a"]).values.tolist() == [1.0]
+
+
 def test_the_thread_ends_with_its_owner() -> None:
     guarded = FailClosed(Scripted(lengths))
     guarded.outcome([PROMPT], ["a"])
@@ -210,6 +225,7 @@ def test_the_interpreter_exits_while_a_scorer_hangs() -> None:
     code = """
 import time, torch
 from inferenceguard.contracts import ScorerLimits, conversation
+from inferenceguard.scorers import FunctionScorer
 from inferenceguard.scorers.safe import FailClosed
 class Hung:
     name = fingerprint = "hung"

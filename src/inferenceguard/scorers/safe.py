@@ -162,7 +162,11 @@ class _Worker:
                 return None, "an earlier call still hangs"
             self._last = job = _Job(run, threading.Event())
             self._thread = threading.Thread(target=_work, args=(job,), name="scorer", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # no more threads to be had: a fault of this call, not the end of the caller
+                self._last = self._thread = None
+                return None, _describe(error)
             if not job.done.wait(min(seconds, threading.TIMEOUT_MAX)):
                 return None, f"no answer within {seconds:g} s"
             self._last = None
