@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +70,9 @@ def serve(
         body_bytes=max_body, request_seconds=seconds, grace_seconds=grace,
     )  # fmt: skip
     called = name or (settings.preset or "embedded" if settings.model is None else None)
-    app = create_app(settings.guard(), name=called, limits=limits, keys=keys, allow_unguarded=allow_unguarded)
+    with ThreadPoolExecutor(1) as loader:  # ends with its OpenMP pool, so that the search's is the only one
+        guard = loader.submit(settings.guard).result()
+    app = create_app(guard, name=called, limits=limits, keys=keys, allow_unguarded=allow_unguarded)
     if not keys.required and not _is_loopback(host):
         typer.echo(f"no API keys: everybody who reaches {host}:{port} can use this server (--api-keys)", err=True)
     run(app, host, port, max_connections, grace)
