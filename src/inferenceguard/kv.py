@@ -86,9 +86,10 @@ class Slab:
     suffix: Tensor  # [layers, 2 (keys, values), stored rows, kv heads, capacity, head width]
     length: int  # suffix tokens read; capacity may be larger
     rows: Tensor | None = None  # [R] which stored row each row has; None: as stored. Copied when it is next read.
-    # Of a row alone in its slab: a buffer with the prompt's keys and values before the suffix, which is a view of its
-    # end, so that attention is one call. Not in float32, where bits must not depend on other prompts.
-    whole: Tensor | None = None  # [layers, 2, 1, kv heads, prompt tokens + capacity, head width]
+    views: tuple[tuple[Tensor, Tensor], ...] = ()  # per layer (keys, values) of `suffix`: made once, not in every step
+    # Of a row alone in its slab, per layer: the prompt's keys and values with the suffix (a view) behind them, so that
+    # attention is one call. Not in float32, where bits must not depend on other prompts.
+    wholes: tuple[tuple[Tensor, Tensor], ...] = ()  # each [1, kv heads, prompt tokens + capacity, head width]
     stacks: tuple[Stack, ...] = ()  # all prompts, where there are several; their rows one after the other are ...
     unstacked: Tensor | None = None  # [R] ... where each row is among them
 
@@ -227,8 +228,14 @@ def _with_room(slabs: Sequence[Slab], count: int, capacity: int) -> Slab:
         part.copy_(read if slab.rows is None else read.index_select(2, slab.rows))
         start += len(slab)
     counts = tuple(count for slab in slabs for count in slab.counts)
-    slab = Slab(prefixes, counts, suffix, first.length, whole=whole)
+    wholes = () if whole is None else _by_layer(whole)
+    slab = Slab(prefixes, counts, suffix, first.length, views=_by_layer(suffix), wholes=wholes)
     return slab if len(prefixes) == 1 or suffix.dtype == torch.float32 else _stacked(slab)
+
+
+def _by_layer(held: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(keys, values) of each layer: views of `held` [layers, 2, ...]."""
+    return tuple((part[0], part[1]) for part in held.unbind())
 
 
 def _stacked(slab: Slab) -> Slab:
@@ -410,16 +417,17 @@ def _attend_slab(
     """Attention of one slab. query [R, heads, T, D], key and value [R, kv heads, T, D] -> [R, heads, T, D]."""
     rows, heads, count, width = query.shape
     kv_heads, end = key.shape[1], slab.length + count
-    keys, values = slab.suffix[layer]
-    keys[:, :, slab.length : end] = key
-    values[:, :, slab.length : end] = value
-    if slab.whole is not None and count == 1 and options.window is None and options.softcap is None:
-        keys, values = slab.whole[layer, :, :, :, : slab.prefixes[0].length + end]
-        gqa = heads != kv_heads
-        return nn.functional.scaled_dot_product_attention(query, keys, values, scale=options.scaling, enable_gqa=gqa)
+    keys, values = slab.views[layer]
+    keys.narrow(2, slab.length, count).copy_(key)
+    values.narrow(2, slab.length, count).copy_(value)
+    grouped = query.reshape(rows, kv_heads, -1, width)  # [R, kv, (heads / kv) * T, D]
+    if slab.wholes and count == 1 and options.window is None and options.softcap is None:
+        # A kv head's queries as rows of one head: faster than the kernel's own grouping.
+        keys, values = (part.narrow(2, 0, slab.prefixes[0].length + end) for part in slab.wholes[layer])
+        seen = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=options.scaling)
+        return seen.view(rows, heads, count, width)
     if query.dtype == torch.float32:  # in lower precisions the kernel would copy a slice: it reads unread room too
         keys, values = keys[:, :, :end], values[:, :, :end]
-    grouped = query.reshape(rows, kv_heads, -1, width)  # [R, kv, (heads / kv) * T, D]
     scores = _scores(grouped, keys, options)
     hidden = None
     if count > 1 or options.window is not None:

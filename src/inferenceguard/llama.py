@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from inferenceguard.product import FusedPass, Product
@@ -34,15 +35,13 @@ class AttentionOptions:
 
 @dataclass(frozen=True)
 class _Norm:
-    """x / rms(x) * weight, in float32 until the weight, as transformers' own."""
+    """x / rms(x) * weight, computed in float32."""
 
     weight: Tensor
     eps: float
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(self.eps))
-        return self.weight * wide.to(hidden.dtype)
+        return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class FusedLlama(FusedPass):
         hidden = self.embed(tokens)
         cos, sin = self.rotary(hidden, position_ids=positions)
         half = sin.shape[-1] // 2
-        # rotate_half(x) * sin = swap(x) * signed, where swap exchanges the halves
+        # rotate_half(x) * sin = roll(x) * signed, where rolling by half of the width exchanges the halves
         signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, :, None]
         cos = cos[:, :, None]  # [B, T, 1, D]
         for number, layer in enumerate(self.layers):
@@ -108,13 +107,12 @@ class FusedLlama(FusedPass):
     ) -> Tensor:
         batch, count, _ = hidden.shape
         heads = layer.qkv(hidden).view(batch, count, -1, self.head_width)
-        turned, value = torch.split(heads, [self.heads + self.kv_heads, self.kv_heads], dim=2)
+        turned, value = heads.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = torch.split(turned, [self.heads, self.kv_heads], dim=2)
+            query, key = turned.split_with_sizes([self.heads, self.kv_heads], dim=2)
             turned = torch.cat((layer.query_norm(query), layer.key_norm(key)), 2)
-        first, second = turned.chunk(2, -1)
-        turned = turned * cos + torch.cat((second, first), -1) * signed
-        query, key = torch.split(turned, [self.heads, self.kv_heads], dim=2)
+        turned = torch.addcmul(turned * cos, turned.roll(self.head_width // 2, -1), signed)
+        query, key = turned.split_with_sizes([self.heads, self.kv_heads], dim=2)
         seen = attend(number, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), layer.options)
         return seen.transpose(1, 2).reshape(batch, count, -1)
 
