@@ -135,6 +135,22 @@ class MixesDraws(Protocol):
 
 
 @runtime_checkable
+class MixesSampling(Protocol):
+    """An engine whose `extend` takes a sampling per row, so that requests of other temperatures share its batches.
+
+    What a row draws is then the same as in a call of its own with that sampling.
+    """
+
+    mixes_sampling: bool  # True
+
+    def extend(
+        self, beams: Beams, tokens: int, sampling: Sampling | Sequence[Sampling], draw: int, logit_bias: Tensor | None
+    ) -> Beams:
+        """As `Engine.extend`; `sampling` is one for all rows, or B of them."""
+        ...
+
+
+@runtime_checkable
 class ReadsLatents(Protocol):
     """An engine whose `Beams.latent` is the last layer's (post-norm) hidden state of each row's last token."""
 

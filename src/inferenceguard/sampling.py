@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ _NUCLEUS = 1024  # tokens that are ranked before all are
 
 
 def draw_tokens(
-    logits: Tensor, uniform: Tensor, sampling: Sampling, logit_bias: Tensor | None
+    logits: Tensor, uniform: Tensor, sampling: Sampling | Sequence[Sampling], logit_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Samples one token per row by inverse CDF. (token [B] int64, its log-probability under `logits` [B] float64, nats)
 
     logits [B, V] are the model's own, in any precision; temperature, top-k, top-p and `logit_bias` [B, V] shape what is
-    drawn but not the log-probability. uniform [B] float64 in [0, 1). Temperature 0 takes the largest logit.
+    drawn but not the log-probability. uniform [B] float64 in [0, 1). Temperature 0 takes the largest logit. `sampling`
+    is one for all rows, or B of them.
     """
+    if not isinstance(sampling, Sampling):
+        return _draw_each(logits, uniform, sampling, logit_bias)
     step = max(1, _CELLS // logits.shape[1] if logits.device.type == "cpu" else len(logits))
     parts = [
         _draw(logits[at : at + step], uniform[at : at + step], sampling, None if logit_bias is None else
@@ -33,6 +37,19 @@ def draw_tokens(
     ]  # fmt: skip
     tokens, log_prob = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(log_prob)
+
+
+def _draw_each(
+    logits: Tensor, uniform: Tensor, samplings: Sequence[Sampling], logit_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rows of equal sampling together: what a row draws does not depend on the rows beside it."""
+    token, log_prob = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.float64)
+    token, log_prob = token.to(logits.device), log_prob.to(logits.device)
+    for sampling in dict.fromkeys(samplings):
+        rows = torch.tensor([row for row, own in enumerate(samplings) if own == sampling])
+        bias = None if logit_bias is None else logit_bias[rows]
+        token[rows], log_prob[rows] = draw_tokens(logits[rows], uniform[rows], sampling, bias)
+    return token, log_prob
 
 
 def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling, logit_bias: Tensor | None) -> tuple[Tensor, Tensor]:

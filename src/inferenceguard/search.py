@@ -21,6 +21,7 @@ from inferenceguard.contracts import (
     Conversation,
     Engine,
     MixesDraws,
+    MixesSampling,
     Models,
     Sampling,
     SearchResult,
@@ -97,9 +98,9 @@ class Scored:
 
 Charge = Callable[[Beams], Charged]
 Score = Callable[[Beams], Scored]
-# (open rows [B], tokens at most, number of the draw: one for all or [B] where the rows differ, bias [B, V] or None)
+# (open rows [B], tokens at most, number of the draw, bias [B, V] or None)
 #     -> (proposals [N], the open row that each continues [N])
-Propose = Callable[[Beams, int, Any, Tensor | None], tuple[Beams, Tensor]]
+Propose = Callable[[Beams, int, int, Tensor | None], tuple[Beams, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Terms:
     max_new_tokens: int  # D
     limit: float | None = None  # d, cost units; None: the strategy's
     stop: tuple[str, ...] = ()  # a response ends where one of these begins; the text is cut there
+    sampling: Sampling | None = None  # None: the search's
 
 
 def blockwise_search(
@@ -159,11 +161,12 @@ class Search:
         score: Score, propose: Propose | None = None, terms: dict[int, Terms] | None = None,
     ) -> None:  # fmt: skip
         """`terms` is filled with those of the prompts that join, for `start`, `charge` and `score` to read."""
-        self.engine, self.plan = engine, plan
-        self.start, self.charge, self.score = start, charge, score
-        self.draws = (propose,) * plan.attempts if propose else _samples(engine, sampling, plan)  # one per attempt
+        self.engine, self.sampling, self.plan = engine, sampling, plan
+        self.start, self.charge, self.score, self.propose = start, charge, score, propose
+        self.widths = (*plan.widths, *(plan.n_beams,) * (1 + plan.retries))  # proposals per prompt in each attempt
         self.terms: dict[int, Terms] = {} if terms is None else terms
-        self._mixes = propose is None and isinstance(engine, MixesDraws)
+        self._mixes_draws = propose is None and isinstance(engine, MixesDraws)
+        self._mixes_sampling = propose is None and isinstance(engine, MixesSampling)
         self._trace: dict[int, list[BlockTrace]] = {}
         self._steps: dict[int, int] = {}  # blocks that each prompt has drawn: its draws are numbered by them
         self._wide: set[int] = set()  # prompts that went back
@@ -176,7 +179,11 @@ class Search:
         """Prompts join, under numbers that are in use by no other; each is read once.
 
         Raises PromptTooLong before a token is drawn, and EngineFault if the engine fails: then none of them has joined.
+        Raises InvalidArgument for a sampling of a prompt's own where the strategy proposes in a way of its own.
         """
+        for own in terms.values():
+            if self.propose is not None and own.sampling not in (None, self.sampling):
+                raise InvalidArgument("sampling", f"the search's own, {self.sampling}", own.sampling)
         begun = _begin(self.engine, list(terms.values()), seeds)
         self.terms.update(terms)
         rows = self.start(replace(begun, prompt_index=torch.tensor(list(terms), dtype=torch.int64)))
@@ -302,25 +309,43 @@ class Search:
         """(proposals [N], the row that each continues [N]).
 
         Rows may draw different numbers of tokens (before their limit, or behind others that did not go back): these
-        are drawn apart. Where prompts are at different blocks, so that the numbers of their draws differ, one call
-        draws for all if the engine can (MixesDraws).
+        are drawn apart. Where prompts are at different blocks, so that the numbers of their draws differ, or sample in
+        ways of their own, one call draws for all if the engine can (MixesDraws, MixesSampling).
         """
         prompts = rows.prompt_index.tolist()
         room = [self.terms[prompt].max_new_tokens - len(tokens)
                 for prompt, tokens in zip(prompts, rows.token_ids, strict=True)]  # fmt: skip
         tokens = [min(self.plan.block_tokens, left) for left in room]
         draws = [self._steps[prompt] * self.plan.attempts + attempt for prompt in prompts]
-        kinds = [(count, 0 if self._mixes else draw) for count, draw in zip(tokens, draws, strict=True)]
+        samplings = [self.terms[prompt].sampling or self.sampling for prompt in prompts]
+        place = {sampling: number for number, sampling in enumerate(dict.fromkeys(samplings))}
+        kinds = [
+            (count, 0 if self._mixes_draws else draw, 0 if self._mixes_sampling else place[sampling])
+            for count, draw, sampling in zip(tokens, draws, samplings, strict=True)
+        ]
         parts = []
         for kind in sorted(set(kinds)):
             chosen = [row for row, other in enumerate(kinds) if other == kind]
-            some, own = torch.tensor(chosen), [draws[row] for row in chosen]
-            number: int | Tensor = own[0] if len(set(own)) == 1 else torch.tensor(own)
+            some = torch.tensor(chosen)
             part, mine = (rows, bias) if len(chosen) == len(rows) else (
                 rows.take(some), None if bias is None else bias[some])  # fmt: skip
-            after, source = self.draws[attempt](part, kind[0], number, mine)
+            own = [draws[row] for row in chosen], [samplings[row] for row in chosen]
+            after, source = self._extend(part, attempt, kind[0], *own, mine)
             parts.append((after, some[source]))
         return functools.reduce(join, (after for after, _ in parts)), torch.cat([source for _, source in parts])
+
+    def _extend(
+        self, rows: Beams, attempt: int, tokens: int, draws: list[int], samplings: list[Sampling], bias: Tensor | None
+    ) -> tuple[Beams, Tensor]:
+        """The strategy's own proposals, or N samples of the frozen LLM per prompt, N / B of each row."""
+        if self.propose is not None:
+            return self.propose(rows, tokens, draws[0], bias)
+        source = _spread(rows, self.widths[attempt])
+        engine: Any = self.engine  # which may take a number and a sampling per row
+        number = draws[0] if len(set(draws)) == 1 else torch.tensor(draws)[source]
+        sampling = samplings[0] if len(set(samplings)) == 1 else [samplings[row] for row in source.tolist()]
+        spread = None if bias is None else bias[source]
+        return engine.extend(rows.take(source), tokens, sampling, number, spread), source
 
     def _close_block(self, after: Beams, rows: Beams, source: Tensor) -> Beams:
         """Notes where the block ends, and that rows at their length limit or at a stop text are finished."""
@@ -372,12 +397,6 @@ class Search:
         return sorted(pool, key=lambda row: (*(-part for part in pool[row]), row))[: self.plan.keep]
 
 
-def _samples(engine: Engine, sampling: Sampling, plan: SearchPlan) -> tuple[Propose, ...]:
-    """How each attempt of a block proposes: narrow ones first."""
-    wide = samples(engine, sampling, plan.n_beams)
-    return (*(samples(engine, sampling, width) for width in plan.widths), *(wide,) * (1 + plan.retries))
-
-
 def _failed(proposals: _Proposals, held: Beams) -> frozenset[int]:
     """The prompts without a feasible row, open or finished."""
     found = set(proposals.beams.prompt_index[proposals.scored.feasible].tolist()) | set(held.prompt_index.tolist())
@@ -386,20 +405,6 @@ def _failed(proposals: _Proposals, held: Beams) -> frozenset[int]:
 
 def _of_prompts(rows: Beams, prompts: Set[int]) -> list[int]:
     return [row for row, prompt in enumerate(rows.prompt_index.tolist()) if prompt in prompts]
-
-
-def samples(engine: Engine, sampling: Sampling, n_beams: int) -> Propose:
-    """N samples of the frozen LLM per prompt, N / B of each row."""
-
-    def propose(rows: Beams, tokens: int, draw: int | Tensor, bias: Tensor | None) -> tuple[Beams, Tensor]:
-        source = _spread(rows, n_beams)
-        spread = None if bias is None else bias[source]
-        if isinstance(draw, int):
-            return engine.extend(rows.take(source), tokens, sampling, draw, spread), source
-        assert isinstance(engine, MixesDraws)
-        return engine.extend(rows.take(source), tokens, sampling, draw[source], spread), source
-
-    return propose
 
 
 @runtime_checkable

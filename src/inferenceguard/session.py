@@ -1,7 +1,7 @@
 """Prompts that come and go while others are searched: what a server needs of the guard, in one thread.
 
-All prompts of one search (its sizes, its sampling) share its decode batches; prompts join between blocks. Each has its
-own budget, length, seed and stop texts, and its answer does not depend on the others (search.py). What leaves passes
+All prompts of one search (its sizes) share its decode batches; prompts join between blocks. Each has its own sampling,
+budget, length, seed and stop texts, and its answer does not depend on the others (search.py). What leaves passes
 the same gate as in `Guard.generate`.
 """
 
@@ -73,13 +73,15 @@ class Session:
     def submit(self, question: Question) -> int:
         """The prompt joins at the next block: its number. Raises PromptTooLong, or EngineFault."""
         strategy = question.strategy
-        kind = _kind(strategy, question.sampling)
+        kind = _kind(strategy)
         search = self._searches.get(kind)
         if search is None:
             assert isinstance(strategy, Opens)
-            search = strategy.open(self.guard.models, question.sampling)
+            search = strategy.open(self.guard.models, self.guard.sampling)
         number = next(self._numbers)
-        terms = Terms(question.prompt, strategy.max_new_tokens, strategy.budget.limit, question.stop)
+        terms = Terms(
+            question.prompt, strategy.max_new_tokens, strategy.budget.limit, question.stop, question.sampling
+        )
         search.admit({number: terms}, [question.seed])
         self._searches[kind], self._kinds[number], self._shown[number] = search, kind, 0
         self._desk.asked[number] = Asked(question.prompt, question.seed, strategy, question.sampling, question.stop)
@@ -148,10 +150,10 @@ class Session:
             del self._searches[kind]
 
 
-def _kind(strategy: Strategy, sampling: Sampling) -> Any:
+def _kind(strategy: Strategy) -> Any:
     """Prompts share a search where these are equal: all but what `Terms` has."""
     fields = dataclasses.asdict(strategy)  # type: ignore[call-overload]
     budget: SafetyBudget = strategy.budget
     plan = getattr(strategy, "plan", None)
     own = {"budget": budget.discount, "max_new_tokens": getattr(plan, "block_tokens", strategy.max_new_tokens)}
-    return type(strategy), repr(sorted({**fields, **own}.items())), sampling
+    return type(strategy), repr(sorted({**fields, **own}.items()))

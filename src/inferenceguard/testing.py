@@ -31,6 +31,7 @@ from inferenceguard.contracts import (
     Engine,
     Message,
     MixesDraws,
+    MixesSampling,
     Models,
     RanksTokens,
     ReadsLatents,
@@ -865,6 +866,14 @@ def _check_batch_independence(engine: Engine, encoded: Sequence[Sequence[int]], 
             if mine:
                 own = engine.extend(together.take(mine), tokens, Sampling(), 5 + index, None)
                 _agree(own, mixed.take(mine), tolerance, "a draw's number for all rows and one number per row")
+    if isinstance(engine, MixesSampling) and len(together):
+        kinds = (Sampling(), Sampling(temperature=0.5), Sampling(top_k=3))
+        owners = [kinds[prompt % len(kinds)] for prompt in together.prompt_index.tolist()]
+        mixed = engine.extend(together, tokens, owners, 5, None)
+        for kind in dict.fromkeys(owners):
+            mine = [row for row, own in enumerate(owners) if own == kind]
+            own = engine.extend(together.take(mine), tokens, kind, 5, None)
+            _agree(own, mixed.take(mine), tolerance, "one sampling for all rows and one per row")
     wide = engine.extend(_rows(engine, encoded[:1], seeds[:1], 6), tokens, Sampling(), 0, None)
     narrow = engine.extend(_rows(engine, encoded[:1], seeds[:1], 2), tokens, Sampling(), 0, None)
     _agree(narrow, wide.take([0, 1]), tolerance, "row j of a prompt with fewer and with more rows behind it")

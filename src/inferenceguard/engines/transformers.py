@@ -26,9 +26,9 @@ STATE = "engine"  # the owner's name of the caches in Beams.states
 
 
 class TransformersEngine:
-    """Implements `Engine`, `MixesDraws`, `RanksTokens` and `EditsLatents` over a `transformers` model."""
+    """`Engine`, `MixesDraws`, `MixesSampling`, `RanksTokens` and `EditsLatents` over a `transformers` model."""
 
-    mixes_draws = True
+    mixes_draws = mixes_sampling = True
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, name: str = "") -> None:
         """Raises UnsupportedModel if the model cannot be read exactly with a shared cache (checked on a few tokens)."""
@@ -73,8 +73,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def extend(
-        self, beams: Beams, tokens: int, sampling: Sampling, draw: int | Tensor, logit_bias: Tensor | None
-    ) -> Beams:
+        self, beams: Beams, tokens: int, sampling: Sampling | Sequence[Sampling], draw: int | Tensor,
+        logit_bias: Tensor | None,
+    ) -> Beams:  # fmt: skip
         """Draws up to `tokens` tokens for every row; nothing is drawn for a row that has ended."""
         if bool(beams.finished.any()):
             raise InvalidArgument("beams", "unfinished rows only", beams.finished.tolist())
@@ -94,7 +95,8 @@ class TransformersEngine:
             active = rows[going]
             bias = None if logit_bias is None else logit_bias[active].to(hidden.device)
             logits = self._logits(hidden[going.to(hidden.device)])
-            chosen, gained = (part.cpu() for part in draw_tokens(logits, noise[active, step], sampling, bias))
+            shaped = sampling if isinstance(sampling, Sampling) else [sampling[row] for row in active.tolist()]
+            chosen, gained = (part.cpu() for part in draw_tokens(logits, noise[active, step], shaped, bias))
             token[going] = chosen
             log_prob[active] += gained.double()
             for row, token_id in zip(active.tolist(), chosen.tolist(), strict=True):
