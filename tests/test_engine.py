@@ -291,10 +291,36 @@ def test_a_row_alone_in_bfloat16_is_read_as_in_float32(architecture: str) -> Non
             rows = 3 if at == 13 else 1
             cache = cache.sealed().take(torch.tensor([0] * rows))
         cache, hidden = half.read(cache, torch.full((rows, 1), tokens[at]), 8)
-        assert bool(cache.slabs[0].wholes) == (rows == 1)
+        assert (cache.whole is not None) == (rows == 1)
         seen.append(hidden[-1, 0])
     wanted = plain.last_hidden_state[0, 7:].detach()
     assert float((torch.stack(seen).float() - wanted).abs().max()) < 0.06 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_few_rows_of_many_prompts_in_bfloat16_are_read_as_in_float32(architecture: str) -> None:
+    """Prompts and suffixes of several lengths; one joins later, one leaves, one gets a second row."""
+    prompts = [list(range(5, 12)), list(range(9, 30)), list(range(30, 47)), list(range(8, 12))]
+    half = CachedTransformer(tiny_model(architecture).base_model.to(torch.bfloat16))
+    plain = tiny_model(architecture).base_model
+    texts = [list(prompt) for prompt in prompts[:3]]
+    cache, _ = half.prefill(texts)
+    for step in range(12):
+        if step == 4:
+            joined, _ = half.prefill([prompts[3]])
+            cache, texts = cache.sealed().join(joined), [*texts, list(prompts[3])]
+        if step == 8:
+            rows = [3, 0, 0, 1]
+            cache, texts = cache.take(torch.tensor(rows)), [list(texts[row]) for row in rows]
+        new = [20 + 3 * step + row for row in range(len(texts))]
+        for text, token in zip(texts, new, strict=True):
+            text.append(token)
+        cache, hidden = half.read(cache, torch.tensor(new)[:, None], 4)
+        assert cache.whole is not None
+        assert len(cache.slabs) == (1 if step < 4 else 2)
+        for row, text in enumerate(texts):
+            wanted = plain(input_ids=torch.tensor([text]), use_cache=False).last_hidden_state[0, -1].detach()
+            assert float((hidden[row, 0].float() - wanted).abs().max()) < 0.06 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

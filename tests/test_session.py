@@ -104,6 +104,22 @@ def test_a_transformer_draws_the_same_bits() -> None:
         same(response, alone(guard, asked[index]))
 
 
+def test_other_temperatures_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = tiny_guard()
+    session, drawn = Session(guard), []
+    extend = type(guard.models.engine).extend
+
+    def counted(self: Any, beams: Any, *others: Any) -> Any:
+        drawn.append(beams.prompt_index.tolist())
+        return extend(self, beams, *others)
+
+    monkeypatch.setattr(type(guard.models.engine), "extend", counted)
+    for number, sampling in enumerate((guard.sampling, Sampling(0.5), Sampling(0.0))):
+        session.submit(Question(conversation(WORDS[number]), number, guard.strategy, sampling))
+    session.step()
+    assert set(drawn[0]) == {0, 1, 2}
+
+
 def test_a_session_answers_as_generate_does() -> None:
     guard = toy_guard()
     asked = [Question(conversation(word), 7, guard.strategy, guard.sampling) for word in WORDS]

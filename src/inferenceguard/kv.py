@@ -78,6 +78,54 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """All rows' keys and values, prompt and suffix together, so that attention is one call for all of them.
+
+    Each row's last token lies in the same column, and a shorter row's first columns are unread. For few rows a prompt,
+    each of which gets a copy of its keys. Not in float32, where a row's bits must not depend on other prompts.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]  # per layer keys and values, each [R, kv heads, columns, head width]
+    filled: int  # columns read
+    unread: Tensor | None  # [R, 1, 1, columns] in the model's precision: -inf before a row's first token
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Prefix, int]], room: int) -> tuple[Whole, Tensor]:
+        """Of the rows' prompts and lengths of suffixes, with `room` for more: (itself, its buffer [layers, 2, R, ...]).
+
+        The suffixes are for the caller to fill in: they end at `filled`.
+        """
+        first = rows[0][0].keys[0]
+        filled = max(prefix.length + suffix for prefix, suffix in rows)
+        shape = (len(rows[0][0].keys), 2, len(rows), first.shape[0], filled + room, first.shape[2])
+        held = first.new_zeros(shape)  # zeros, because unread room may be multiplied by weights of zero
+        for row, (prefix, suffix) in enumerate(rows):
+            start = filled - suffix - prefix.length
+            for layer, parts in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+                for kind, part in enumerate(parts):
+                    held[layer, kind, row, :, start : start + prefix.length] = part
+        starts = torch.tensor([filled - suffix - prefix.length for prefix, suffix in rows], device=first.device)
+        unread = None
+        if bool(starts.any()):
+            before = torch.arange(filled + room, device=first.device) < starts[:, None]
+            unread = first.new_zeros(before.shape).masked_fill_(before, -math.inf)[:, None, None]
+        return cls(_by_layer(held), filled, unread), held
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """One token a row. query [R, heads, 1, D], key and value [R, kv heads, 1, D] -> [R, heads, 1, D]."""
+        end = self.filled + 1
+        keys, values = self.layers[layer]
+        keys.narrow(2, self.filled, 1).copy_(key)
+        values.narrow(2, self.filled, 1).copy_(value)
+        # A kv head's queries as rows of one head: faster than the kernel's own grouping.
+        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        mask = None if self.unread is None else self.unread.narrow(3, 0, end)
+        keys, values = keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        seen = nn.functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=options.scaling)
+        return seen.view(query.shape)
+
+
+@dataclass(frozen=True)
 class Slab:
     """R rows that have read equally many tokens. Rows of one prompt stand together."""
 
@@ -87,9 +135,6 @@ class Slab:
     length: int  # suffix tokens read; capacity may be larger
     rows: Tensor | None = None  # [R] which stored row each row has; None: as stored. Copied when it is next read.
     views: tuple[tuple[Tensor, Tensor], ...] = ()  # per layer (keys, values) of `suffix`: made once, not in every step
-    # Of a row alone in its slab, per layer: the prompt's keys and values with the suffix (a view) behind them, so that
-    # attention is one call. Not in float32, where bits must not depend on other prompts.
-    wholes: tuple[tuple[Tensor, Tensor], ...] = ()  # each [1, kv heads, prompt tokens + capacity, head width]
     stacks: tuple[Stack, ...] = ()  # all prompts, where there are several; their rows one after the other are ...
     unstacked: Tensor | None = None  # [R] ... where each row is among them
 
@@ -99,6 +144,10 @@ class Slab:
     @property
     def capacity(self) -> int:
         return int(self.suffix.shape[4])
+
+    def has_room(self, count: int) -> bool:
+        """Whether `count` tokens can be read in place."""
+        return self.rows is None and self.capacity - self.length >= count
 
     @property
     def owners(self) -> list[int]:
@@ -133,6 +182,7 @@ class KeyValues:
 
     slabs: tuple[Slab, ...]
     where: tuple[tuple[int, int] | None, ...]  # B: (slab, row in it); None for a row that ended and needs no cache
+    whole: Whole | None = None  # of all slabs' rows, in their order; the suffixes are views of it
 
     def __len__(self) -> int:
         return len(self.where)
@@ -190,47 +240,67 @@ class KeyValues:
 
     def ready(self, count: int, capacity: int) -> KeyValues:
         """The same caches with room for `count` tokens now and `capacity` in all; slabs of equal length become one."""
-        lengths = [slab.length for slab in self.slabs]
-        merged: list[Slab] = []
+        members: dict[int, list[int]] = {}  # length -> slabs
+        for index, slab in enumerate(self.slabs):
+            members.setdefault(slab.length, []).append(index)
+        if len(members) == len(self.slabs) and all(slab.has_room(count) for slab in self.slabs):
+            return self
         place_of: dict[int, tuple[int, int]] = {}  # old slab -> (new one, its first row there)
-        for length in dict.fromkeys(lengths):
-            members = [index for index, other in enumerate(lengths) if other == length]
+        for new, indices in enumerate(members.values()):
             start = 0
-            for index in members:
-                place_of[index] = (len(merged), start)
+            for index in indices:
+                place_of[index] = (new, start)
                 start += len(self.slabs[index])
-            merged.append(_with_room([self.slabs[index] for index in members], count, capacity))
-        if len(merged) == len(self.slabs):
-            return KeyValues(tuple(merged), self.where)
         where = tuple(None if at is None else (place_of[at[0]][0], place_of[at[0]][1] + at[1]) for at in self.where)
-        return KeyValues(tuple(merged), where)
+        slabs, whole = _with_room([[self.slabs[index] for index in part] for part in members.values()],
+                                  max(count, capacity))  # fmt: skip
+        return KeyValues(slabs, where, whole)
 
 
-def _with_room(slabs: Sequence[Slab], count: int, capacity: int) -> Slab:
-    """One slab of all rows of slabs of equal length; copies unless the only one has room already."""
-    first = slabs[0]
-    if len(slabs) == 1 and first.rows is None and first.capacity - first.length >= count:
-        return first
-    size = sum(len(slab) for slab in slabs)
-    shape = list(first.suffix.shape)
-    shape[2], shape[4] = size, first.length + max(count, capacity)
-    prefixes = tuple(prefix for slab in slabs for prefix in slab.prefixes)
-    whole = None
-    if size == 1 and first.suffix.dtype != torch.float32:
-        whole = _whole(prefixes[0], shape)
-        suffix = whole[:, :, :, :, prefixes[0].length :]
-    else:
-        suffix = first.suffix.new_zeros(shape)  # zeros, because unread room is multiplied by weights of zero
+def _with_room(groups: Sequence[Sequence[Slab]], room: int) -> tuple[tuple[Slab, ...], Whole | None]:
+    """A slab of each group of slabs of equal length, copied, with room for more tokens."""
+    rows = [(prefix, slab.length) for group in groups for slab in group for prefix, n in zip(
+        slab.prefixes, slab.counts, strict=True) for _ in range(n)]  # fmt: skip
+    first = groups[0][0]
+    whole, held = Whole.of(rows, room) if _go_together(rows) else (None, None)
+    slabs, start = [], 0
+    for group in groups:
+        size, length = sum(len(slab) for slab in group), group[0].length
+        if whole is None or held is None:
+            layers, kinds, _, kv_heads, _, width = first.suffix.shape
+            # zeros, because unread room is multiplied by weights of zero
+            suffix = first.suffix.new_zeros(layers, kinds, size, kv_heads, length + room, width)
+        else:
+            suffix = held[:, :, start : start + size, :, whole.filled - length :]
+        start += size
+        slab = _copied(group, suffix)
+        apart = whole is None and len(slab.prefixes) > 1 and suffix.dtype != torch.float32
+        slabs.append(_stacked(slab) if apart else slab)
+    return tuple(slabs), whole
+
+
+def _go_together(rows: Sequence[tuple[Prefix, int]]) -> bool:
+    """Whether every row may have its prompt's keys to itself: where that copies little more than the prompts."""
+    prompts = {id(prefix): prefix for prefix, _ in rows}
+    if rows[0][0].keys[0].dtype == torch.float32 or len(rows) > 2 * len(prompts):
+        return False
+    if len(rows) == 1:
+        return True
+    lengths = [prefix.length + suffix for prefix, suffix in rows]
+    return max(p.length for p in prompts.values()) <= STACKED and max(lengths) * len(rows) <= 2 * sum(lengths)
+
+
+def _copied(slabs: Sequence[Slab], suffix: Tensor) -> Slab:
+    """One slab of all rows of slabs of equal length, in `suffix`."""
     start = 0
     for slab in slabs:
         read = slab.suffix[:, :, :, :, : slab.length]
         part = suffix[:, :, start : start + len(slab), :, : slab.length]
         part.copy_(read if slab.rows is None else read.index_select(2, slab.rows))
         start += len(slab)
+    prefixes = tuple(prefix for slab in slabs for prefix in slab.prefixes)
     counts = tuple(count for slab in slabs for count in slab.counts)
-    wholes = () if whole is None else _by_layer(whole)
-    slab = Slab(prefixes, counts, suffix, first.length, views=_by_layer(suffix), wholes=wholes)
-    return slab if len(prefixes) == 1 or suffix.dtype == torch.float32 else _stacked(slab)
+    return Slab(prefixes, counts, suffix, slabs[0].length, views=_by_layer(suffix))
 
 
 def _by_layer(held: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -261,15 +331,6 @@ def _side_by_side(prompts: Sequence[tuple[Tensor, ...]], longest: int) -> tuple[
         for layer, part in enumerate(layers):
             whole[layer, place, :, : part.shape[1]] = part
     return whole.unbind()
-
-
-def _whole(prefix: Prefix, shape: Sequence[int]) -> Tensor:
-    """A buffer for the prompt's keys and values and a suffix of `shape` behind them."""
-    whole = prefix.keys[0].new_zeros([*shape[:4], prefix.length + shape[4], shape[5]])
-    for layer, parts in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        for kind, part in enumerate(parts):
-            whole[layer, kind, 0, :, : prefix.length] = part
-    return whole
 
 
 class CachedTransformer:
@@ -319,11 +380,12 @@ class CachedTransformer:
         tokens = tokens[layout].to(self.device)
         if self.body.dtype == torch.float32:
             tokens, positions = pad_rows(tokens), pad_rows(positions)
-        hidden = self._forward(tokens, positions, _Read(cache.slabs))
+        hidden = self._forward(tokens, positions, _Read(cache))
         states = torch.empty_like(hidden[: len(cache)])
         states[layout.to(self.device)] = hidden[: len(cache)]
         grown = tuple(replace(slab, length=slab.length + count) for slab in cache.slabs)
-        return KeyValues(grown, cache.where), states
+        whole = cache.whole and replace(cache.whole, filled=cache.whole.filled + count)
+        return KeyValues(grown, cache.where, whole), states
 
     def _forward(self, tokens: Tensor, positions: Tensor | None, call: _Prefill | _Read) -> Tensor:
         if positions is None:
@@ -396,10 +458,12 @@ class _Prefill:
 class _Read:
     """New tokens of slabs' rows: each row sees its prompt, its suffix so far, and its own new tokens causally."""
 
-    def __init__(self, slabs: tuple[Slab, ...]) -> None:
-        self.slabs = slabs
+    def __init__(self, cache: KeyValues) -> None:
+        self.slabs, self.whole = cache.slabs, cache.whole
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        if self.whole is not None and query.shape[2] == 1 and options.window is None and options.softcap is None:
+            return self.whole.attend(layer, query, key, value, options)
         if len(self.slabs) == 1 and len(query) == len(self.slabs[0]):
             return _attend_slab(self.slabs[0], layer, query, key, value, options)
         output, start = torch.empty_like(query), 0
@@ -421,11 +485,6 @@ def _attend_slab(
     keys.narrow(2, slab.length, count).copy_(key)
     values.narrow(2, slab.length, count).copy_(value)
     grouped = query.reshape(rows, kv_heads, -1, width)  # [R, kv, (heads / kv) * T, D]
-    if slab.wholes and count == 1 and options.window is None and options.softcap is None:
-        # A kv head's queries as rows of one head: faster than the kernel's own grouping.
-        keys, values = (part.narrow(2, 0, slab.prefixes[0].length + end) for part in slab.wholes[layer])
-        seen = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=options.scaling)
-        return seen.view(rows, heads, count, width)
     if query.dtype == torch.float32:  # in lower precisions the kernel would copy a slice: it reads unread room too
         keys, values = keys[:, :, :end], values[:, :, :end]
     scores = _scores(grouped, keys, options)

@@ -79,9 +79,7 @@ class Session:
             assert isinstance(strategy, Opens)
             search = strategy.open(self.guard.models, self.guard.sampling)
         number = next(self._numbers)
-        terms = Terms(
-            question.prompt, strategy.max_new_tokens, strategy.budget.limit, question.stop, question.sampling
-        )
+        terms = Terms(question.prompt, strategy.max_new_tokens, strategy.budget.limit, question.stop, question.sampling)
         search.admit({number: terms}, [question.seed])
         self._searches[kind], self._kinds[number], self._shown[number] = search, kind, 0
         self._desk.asked[number] = Asked(question.prompt, question.seed, strategy, question.sampling, question.stop)
