@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from inferenceguard.beams import Beams, join
+from inferenceguard.beams import Beams, RowState, join
 from inferenceguard.contracts import (
     BlockTrace,
     Conversation,
@@ -89,6 +89,7 @@ class Scored:
     p_safe: Tensor  # [B] float64; NaN where the critic was not asked
     faults: tuple[str, ...] = ()
     calm: Tensor | None = None  # [B] bool: feasible and far from the budget, so that no more proposals are needed
+    states: Mapping[str, RowState] | None = None  # of the rows once they are scored; None: as they were
 
     @property
     def settled(self) -> Tensor:
@@ -295,10 +296,11 @@ class Search:
             raise EngineFault(f"engine {self.engine.name} failed in step {step}: {error}") from error
         charged = self.charge(self._close_block(after, rows, source))
         scored = self.score(charged.beams)
+        states = charged.beams.states if scored.states is None else scored.states
         drawn = [len(new) - len(rows.token_ids[old]) for new, old in zip(after.token_ids, source.tolist(), strict=True)]
         return _Proposals(
-            replace(charged.beams, score=scored.score),
-            replace(scored, faults=()),
+            replace(charged.beams, score=scored.score, states=states),
+            replace(scored, faults=(), states=None),
             charged.cost,
             torch.full((len(after),), attempt),
             torch.tensor(drawn),

@@ -19,11 +19,11 @@ from inferenceguard.budget import Accounting, SafetyBudget, check_accounting
 from inferenceguard.contracts import Conversation, Models, RanksTokens, Sampling, SearchResult, SearchStep
 from inferenceguard.errors import InvalidArgument, MissingCapability
 from inferenceguard.search import Charge, Charged, Propose, Score, Scored, SearchPlan, blockwise_search, last_step
-from inferenceguard.strategies.ledger import COST_STATE, Ledger
+from inferenceguard.strategies.ledger import COST_STATE, REWARD_STATE, Ledger
 from inferenceguard.strategies.ranking import Ranking
 
 STATE = "args"  # owner's name in Beams.states
-OWN_STATES = (COST_STATE,)  # states that move with a candidate; all others are the engine's
+OWN_STATES = (COST_STATE, REWARD_STATE)  # states that move with a candidate; all others are the engine's
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ class ARGS:
         """The same, token by token. Raises MissingCapability before a token is drawn."""
         if not isinstance(models.engine, RanksTokens):
             raise MissingCapability(models.engine.name, "ARGS", "the ranks of next tokens (RanksTokens)")
-        ledger = Ledger.of(prompts, models, self.budget, self.accounting, self.max_new_tokens)
+        ledger = Ledger.of(
+            prompts, models, self.budget, self.accounting, self.max_new_tokens,
+            ranks_open=self.objective != "cost",
+        )  # fmt: skip
 
         charge: Charge = ledger.charge
         score: Score = functools.partial(self._score, ledger)
@@ -151,7 +154,10 @@ class _Rewarded:
     def score(self, rows: Beams) -> Scored:
         """As scored when they were charged."""
         usable = self._scored.usable & torch.isfinite(rows.budget)
-        return replace(self._scored, usable=usable, feasible=usable)
+        read = self._scored.states or {}
+        states = {name: read.get(name) if name == REWARD_STATE else state for name, state in rows.states.items()}
+        kept = {name: state for name, state in states.items() if state is not None}
+        return replace(self._scored, usable=usable, feasible=usable, states=kept)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class BaseSampling:
         ledger = Ledger.of((), models, self.budget, self.accounting, self.max_new_tokens)
 
         def score(rows: Beams) -> Scored:
-            rewards = ledger.rewards(rows, rows.finished)
+            rewards, _ = ledger.rewards(rows, rows.finished)
             everything = torch.ones(len(rows), dtype=torch.bool)
             unasked = torch.full((len(rows),), torch.nan, dtype=torch.float64)
             return Scored(rewards.values, everything, rows.budget, everything, unasked, rewards.faults)

@@ -52,7 +52,10 @@ class BeamSearch:
         self, prompts: Sequence[Conversation], models: Models, sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[SearchStep]:
         """The same, block by block."""
-        ledger = Ledger.of(prompts, models, self.budget, self.accounting, self.max_new_tokens)
+        ledger = Ledger.of(
+            prompts, models, self.budget, self.accounting, self.max_new_tokens,
+            ranks_open=self.objective != "cost",
+        )  # fmt: skip
 
         def score(rows: Beams) -> Scored:
             return self.ranking.score(rows, ledger)

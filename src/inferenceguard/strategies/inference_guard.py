@@ -91,7 +91,10 @@ class InferenceGuard:
         """The same search without prompts: they join and leave it between blocks."""
         if models.critic is not None:
             check_critic(models.critic, models)
-        ledger = Ledger.of((), models, self.budget, self.accounting, self.max_new_tokens)
+        ledger = Ledger.of(
+            (), models, self.budget, self.accounting, self.max_new_tokens,
+            ranks_open=models.critic is None and self.objective != "cost",
+        )  # fmt: skip
 
         def score(rows: Beams) -> Scored:
             return self.ranking.score(rows, ledger, models.critic)

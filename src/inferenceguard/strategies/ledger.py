@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inferenceguard.beams import Beams
+from inferenceguard.beams import Beams, RowState
 from inferenceguard.budget import Accounting, SafetyBudget, block_cost
 from inferenceguard.contracts import Conversation, Engine, Models, Scorer
 from inferenceguard.scorers.safe import FailClosed, Outcome
 from inferenceguard.search import Charged, Terms
 from inferenceguard.text import block_texts, cut_at_stop, visible_text
 
-COST_STATE = "cost"  # owner's name in Beams.states
+COST_STATE, REWARD_STATE = "cost", "reward"  # owners' names in Beams.states
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,30 @@ class Ledger:
     cost: FailClosed
     budget: SafetyBudget
     accounting: Accounting
+    ranks_open: bool = False  # open rows are asked for their reward too, so that a state of it pays
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Conversation], models: Models, budget: SafetyBudget, kind: Accounting, limit: int
-    ) -> Ledger:
+        cls, prompts: Sequence[Conversation], models: Models, budget: SafetyBudget, kind: Accounting, limit: int,
+        *, ranks_open: bool = False,
+    ) -> Ledger:  # fmt: skip
         """Wraps the models' scorers where they are not wrapped yet. `limit` is D, in tokens."""
         reward, cost = fail_closed(models.reward, models), fail_closed(models.cost, models)
         terms = {index: Terms(prompt, limit) for index, prompt in enumerate(prompts)}
-        return cls(terms, models.engine, reward, cost, budget, kind)
+        return cls(terms, models.engine, reward, cost, budget, kind, ranks_open)
 
     def start(self, rows: Beams) -> Beams:
-        """The first rows with the whole budget, and the cost model's state where it scores incrementally."""
-        rows = replace(rows, budget=self._limits(rows))
-        if self.accounting == "accumulate" or not self.cost.shares_tokens(self.engine):
-            return rows
-        state, _ = self.cost.start(
-            self._prompts(rows, range(len(rows)))
-        )  # without a state every block is scored from its text
-        return rows if state is None else replace(rows, states={**rows.states, COST_STATE: state})
+        """The first rows with the whole budget, and the states of scorers that read new tokens only."""
+        prompts, states = self._prompts(rows, range(len(rows))), dict(rows.states)
+        if self.accounting != "accumulate" and self.cost.shares_tokens(self.engine):
+            state, _ = self.cost.start(prompts)
+            if state is not None:  # without a state every block is scored from its text
+                states[COST_STATE] = state
+        if self.ranks_open and self.reward.shares_tokens(self.engine):
+            state, _ = self.reward.start(prompts)
+            if state is not None:
+                states[REWARD_STATE] = Reading(state, torch.zeros(len(rows), dtype=torch.int64))
+        return replace(rows, budget=self._limits(rows), states=states)
 
     def charge(self, rows: Beams) -> Charged:
         """z after the block that each row has just drawn."""
@@ -66,15 +72,25 @@ class Ledger:
         used = torch.tensor([len(tokens) for tokens in rows.token_ids], dtype=torch.float64)
         return used / torch.tensor([self.terms[prompt].max_new_tokens for prompt in rows.prompt_index.tolist()])
 
-    def rewards(self, rows: Beams, which: Tensor) -> Outcome:
-        """The reward of the rows in `which` [B] bool; 0 elsewhere, NaN where the reward model failed."""
+    def rewards(self, rows: Beams, which: Tensor) -> tuple[Outcome, dict[str, RowState]]:
+        """The reward of the rows in `which` [B] bool; 0 elsewhere, NaN where the reward model failed.
+
+        Also the rows' states afterwards, which are for the search to keep.
+        """
         asked = torch.nonzero(which)[:, 0].tolist()
-        values = torch.zeros(len(rows), dtype=torch.float64)
+        values, states = torch.zeros(len(rows), dtype=torch.float64), dict(rows.states)
         if not asked:
-            return Outcome(values)
-        outcome = self.reward.outcome(self._prompts(rows, asked), [self._text(rows, row) for row in asked])
+            return Outcome(values), states
+        reading: Any = states.pop(REWARD_STATE, None)
+        if reading is None:
+            texts = [self._text(rows, row) for row in asked]
+            outcome = self.reward.outcome(self._prompts(rows, asked), texts, rows.finished[asked])
+        else:
+            kept, outcome = reading.advance(self.reward, rows, asked)
+            if kept is not None:  # lost with its fault: rows after these are scored from their text
+                states[REWARD_STATE] = kept
         values[asked] = outcome.values
-        return replace(outcome, values=values)
+        return replace(outcome, values=values), states
 
     def _block_scores(self, rows: Beams) -> tuple[Beams, Outcome]:
         everyone = range(len(rows))
@@ -108,6 +124,33 @@ class Ledger:
         """d of each row's prompt. [B] float64"""
         own = (self.terms[prompt].limit for prompt in rows.prompt_index.tolist())
         return torch.tensor([self.budget.limit if limit is None else limit for limit in own], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A scorer's state of B rows, each of which has read so many tokens of its response: those asked about read on."""
+
+    state: RowState
+    read: Tensor  # [B] int64
+
+    def take(self, rows: Tensor) -> Reading:
+        return Reading(self.state.take(rows), self.read[rows])
+
+    def join(self, other: Reading) -> Reading:
+        return Reading(self.state.join(other.state), torch.cat([self.read, other.read]))
+
+    def advance(self, scorer: FailClosed, rows: Beams, asked: Sequence[int]) -> tuple[Reading | None, Outcome]:
+        """(the state of all rows, the scores of the rows asked about). None where the scorer failed."""
+        own = self.take(torch.tensor(asked))
+        new = [rows.token_ids[row][start:] for row, start in zip(asked, own.read.tolist(), strict=True)]
+        state, outcome = scorer.advance(own.state, new, rows.finished[asked])
+        if state is None:
+            return None, outcome
+        grown = Reading(state, torch.tensor([len(rows.token_ids[row]) for row in asked]))
+        if len(asked) == len(rows):
+            return grown, outcome
+        others = sorted(set(range(len(rows))) - set(asked))
+        return grown.join(self.take(torch.tensor(others))).take(torch.tensor([*asked, *others]).argsort()), outcome
 
 
 def fail_closed(scorer: Scorer, models: Models) -> FailClosed:

@@ -54,6 +54,7 @@ class Ranking:
         p_safe = torch.full((len(rows),), torch.nan, dtype=torch.float64)
         value = torch.zeros(len(rows), dtype=torch.float64)
         trusted, asked, faults = eligible, eligible, ()  # type: tuple[Tensor, Tensor, tuple[str, ...]]
+        states = rows.states
         if critic is not None and self.objective != "cost":
             open_rows, asked = eligible & ~rows.finished, eligible & rows.finished
             if bool(open_rows.any()):
@@ -62,7 +63,7 @@ class Ranking:
             believed = p_safe > self.threshold if self.objective == "augmented" else torch.isfinite(p_safe)
             trusted = eligible & (rows.finished | believed)
         if self.objective != "cost":
-            rewards = ledger.rewards(rows, asked)
+            rewards, states = ledger.rewards(rows, asked)
             value, faults = torch.where(asked, rewards.values, value), faults + rewards.faults
         known = torch.isfinite(value)
         feasible = trusted & known
@@ -70,7 +71,8 @@ class Ranking:
         # Among rows of one score: the likeliest to end safe, then the one with the most budget left.
         tie = torch.where(torch.isfinite(p_safe), 1.0 + p_safe, torch.tanh(rows.budget))
         calm = None if self.calm is None else self.calm.holds(rows, p_safe)
-        return Scored(torch.where(feasible, score, -self.penalty), feasible, tie, charged & known, p_safe, faults, calm)
+        score = torch.where(feasible, score, -self.penalty)
+        return Scored(score, feasible, tie, charged & known, p_safe, faults, calm, states)
 
 
 def predict(critic: Critic, rows: Beams, which: Tensor, ledger: Ledger) -> tuple[Tensor, Tensor, tuple[str, ...]]:
