@@ -95,7 +95,8 @@ class NaiveGuard:
                 safe, expected = self.critic.predict(latent, z, used)
                 for place, row in enumerate(open_rows):
                     p_safe[row], value[row] = float(safe[place]), float(expected[place])
-        for row, reward in zip(asked, _scores(self.reward, prompt, [texts[row] for row in asked]), strict=True):
+        told = [texts[row] for row in asked], [finished[row] for row in asked]
+        for row, reward in zip(asked, _scores(self.reward, prompt, *told), strict=True):
             value[row] = reward
         believed = [end or self.critic is None or p > self.threshold for end, p in zip(finished, p_safe, strict=True)]
         feasible = [left[row] >= 0 and believed[row] and math.isfinite(value[row]) for row in range(len(rows))]
