@@ -23,6 +23,7 @@ from inferenceguard.product import Product
 from inferenceguard.sampling import draw_tokens, is_finite_or_banned, uniforms
 
 STATE = "engine"  # the owner's name of the caches in Beams.states
+ROOM = 64  # tokens that a cache makes room for at a time: in bfloat16 attention on CPU reads unread room too
 
 
 class TransformersEngine:
@@ -107,7 +108,7 @@ class TransformersEngine:
                 break  # nothing left to read
             if len(kept) < len(rows):
                 rows, token, cache = rows[kept], token[kept], cache.take(kept)
-            cache, states = self.transformer.read(cache, token[:, None], capacity=tokens - step)
+            cache, states = self.transformer.read(cache, token[:, None], capacity=min(tokens - step, ROOM))
             hidden = states[:, 0]
             reading = ~finished[rows].to(hidden.device)  # an ended row's latent stays that of its last token read
             latent[rows.to(hidden.device)[reading]] = hidden[reading]
