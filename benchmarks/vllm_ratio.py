@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     guards = {name: guard_of(engine, options) for name, engine in engines.items()}
     measured = {
         "draws": in_turn({name: draws(engine, options) for name, engine in engines.items()}, options.pairs),
-        "guarded": in_turn({name: guarded(guard, answers) for name, guard in guards.items()}, options.pairs),
+        "guarded": in_turn({name: guarded(guard, answers, options) for name, guard in guards.items()}, options.pairs),
     }
     found = {
         "settings": {"n_beams": options.n_beams, "tokens": options.tokens, "dtype": options.dtype,
-                     "critic": options.latents_url is not None, "prompts": len(PROMPTS), "pairs": options.pairs},
+                     "critic": options.latents_url is not None, "prompts": options.prompts, "pairs": options.pairs},
         **measured,
         "answers": len(answers),
         "over_budget": sum(not holds(answer, guards["transformers"]) for answer in answers),
@@ -67,6 +67,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--latents-url", help="the second one, for the critic; without it both guards have none")
     parser.add_argument("--n-beams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer at most")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="of the guarded answers: the first so many")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--dtype", default="auto", help="of the transformers engine")
     parser.add_argument("--out", type=Path, metavar="FILE")
@@ -91,11 +92,11 @@ def draws(engine: Engine, options: argparse.Namespace) -> Run:
     return run
 
 
-def guarded(guard: Guard, answers: list[GuardedResponse]) -> Run:
-    """All prompts at once, through the gate."""
+def guarded(guard: Guard, answers: list[GuardedResponse], options: argparse.Namespace) -> Run:
+    """The prompts at once, through the gate."""
 
     def run() -> int:
-        found = guard.generate(list(PROMPTS), seed=1)
+        found = guard.generate(list(PROMPTS[: options.prompts]), seed=1)
         answers.extend(found)
         return sum(answer.usage.proposed_tokens for answer in found)
 
