@@ -12,10 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, pad, scaled_dot_product_attention
 from transformers import BertModel
 
 from inferenceguard.product import FusedPass, Product
+
+# Tokens of a batch are filled up to a multiple of this for the products: oneDNN prepares a kernel for each new number
+# of rows, which takes as long as a short text's products (docs/performance.md).
+_TOKENS = 64
 
 
 class FusedBert(FusedPass):
@@ -32,22 +36,25 @@ class FusedBert(FusedPass):
         self.tell(input_ids=ids, attention_mask=mask)
         hidden = self.embeddings(input_ids=ids, token_type_ids=types).to(self.dtype)
         shape = hidden.shape
-        rows = hidden.view(-1, shape[-1])
+        tokens = ids.numel()
+        rows = pad(hidden.view(tokens, -1), (0, 0, 0, -tokens % _TOKENS))
         unseen = None if bool(mask.all()) else _unseen(mask, self.dtype)
         for layer in self.layers:
-            seen = self._attention(layer.qkv(rows).view(*shape[:2], 3, self.heads, -1), unseen)
-            rows = layer.between(layer.out.plus(seen.view(rows.shape), rows))
+            seen = torch.zeros_like(rows)
+            heads = layer.qkv(rows)[:tokens].view(*shape[:2], 3, self.heads, -1)
+            seen[:tokens] = self._attention(heads, unseen).view(tokens, -1)
+            rows = layer.between(layer.out.plus(seen, rows))
             rows = layer.after(layer.down.plus(layer.up.gelu(rows), rows))
-        last: Tensor = rows.view(shape)
+        last: Tensor = rows[:tokens].view(shape)
         return last
 
     def _attention(self, heads: Tensor, unseen: Tensor | None) -> Tensor:
         """[B, L, 3, heads, D] -> [B, L, heads, D]. `unseen` [B, 1, 1, L] is added to the logits."""
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 or len(query) == 1:
             seen: Tensor = scaled_dot_product_attention(query, key, value, attn_mask=unseen)
             return seen.transpose(1, 2).contiguous()
-        # In bfloat16 torch's fused attention is the slower one on CPUs at these lengths.
+        # Of many texts torch's fused attention is the slower one in bfloat16 on CPUs; of one, this prepares kernels.
         batch, count, length, width = query.shape
         query, key, value = (part.reshape(-1, length, width) for part in (query, key, value))
         empty = torch.empty((), dtype=self.dtype)  # beta = 0: not read
@@ -97,7 +104,7 @@ class _Layer:
 def _product(dtype: torch.dtype, *parts: nn.Linear) -> Product:
     """The parts' products as one, their results beside each other."""
     weight = torch.cat([part.weight.detach() for part in parts]).to(dtype)
-    return Product.of(weight, torch.cat([part.bias.detach() for part in parts]).to(dtype))
+    return Product.of(weight, torch.cat([part.bias.detach() for part in parts]).to(dtype), any_bits=True)
 
 
 def _unseen(mask: Tensor, dtype: torch.dtype) -> Tensor:
