@@ -30,7 +30,7 @@ LAYERS = (
     {"search"},
     {"strategies"},
     {"record", "guard", "session"},
-    {"cli", "server", "evaluation", "certify", "theory", "config", "embedded", "integrations"},
+    {"cli", "server", "evaluation", "certify", "theory", "config", "embedded", "integrations", "__main__"},
 )
 LATER = {("guard", "config")}  # Guard.from_preset and from_pretrained are shorthands: imported when they are called
 LEAVES = {"engines", "scorers", "critic", "training"}  # import nothing above the first group, and each other

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inferenceguard.budget import SafetyBudget
 from inferenceguard.config import read_method
-from inferenceguard.contracts import Sampling, ScorerLimits, conversation
+from inferenceguard.contracts import Sampling, ScorerLimits, conversation, render_conversation
 from inferenceguard.engines.transformers import TransformersEngine
 from inferenceguard.errors import InvalidArgument, MissingCapability
 from inferenceguard.evaluation.flops import Meter, Size, transformer_size
@@ -27,6 +27,7 @@ from inferenceguard.evaluation.runner import Entry, Evaluation, run
 from inferenceguard.guard import Guard
 from inferenceguard.kv import CachedTransformer
 from inferenceguard.scorers import EmbeddedCost
+from inferenceguard.scorers.embedded import collate
 from inferenceguard.testing import FaultyScorer, ToyCost, ToyCritic, ToyEngine, ToyReward
 from inferenceguard.text import visible_text
 from tiny import tiny_model, tiny_tokenizer
@@ -494,15 +495,16 @@ def test_tokens_of_prompts_and_draws_are_counted_once():
 
 
 def test_the_tokens_that_a_scorer_reads_are_counted():
-    """Against torch's counter on the embedded cost model, in one call with texts of several lengths."""
+    """Against torch's counter on the embedded cost model's own modules, in one call with texts of several lengths."""
     scorer, meter = EmbeddedCost.load(), Meter()
     prompts = [conversation("How do I bake bread?"), conversation("Hi")]
     texts = ["Mix flour, water, salt and yeast; wait; bake it for forty minutes.", "Hello there!"]
     counted = meter.scorer(scorer)
     alone = 0.0
     for prompt, text in zip(prompts, texts, strict=True):  # alone, so that nothing is padded
-        with FlopCounterMode(display=False) as counter:
-            scorer.score([prompt], [text])
+        pair = scorer.reader.read(render_conversation(prompt), text)
+        with FlopCounterMode(display=False) as counter:  # it does not see the products of the fused pass
+            scorer.encoder(*collate([pair]))
         alone += counter.get_total_flops()
     meter.engine(TransformersEngine(tiny_model("llama"), tiny_tokenizer()))  # an engine whose weights are known
     with meter.batch(prompts) as count:
