@@ -12,7 +12,7 @@ import torch
 
 from inferenceguard.budget import SafetyBudget
 from inferenceguard.contracts import GuardedResponse, Sampling, conversation
-from inferenceguard.errors import EngineFault, PromptTooLong
+from inferenceguard.errors import EngineFault, InvalidArgument, PromptTooLong
 from inferenceguard.guard import Guard
 from inferenceguard.record import replay
 from inferenceguard.session import Question, Session
@@ -118,6 +118,10 @@ def test_other_temperatures_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> No
         session.submit(Question(conversation(WORDS[number]), number, guard.strategy, sampling))
     session.step()
     assert set(drawn[0]) == {0, 1, 2}
+    rows = guard.models.engine.begin([[5, 6], [7]], [1, 2])
+    engine: Any = guard.models.engine
+    with pytest.raises(InvalidArgument, match="2 of them"):
+        engine.extend(rows, 2, [Sampling()], 0, None)
 
 
 def test_a_session_answers_as_generate_does() -> None:

@@ -80,6 +80,8 @@ class TransformersEngine:
         """Draws up to `tokens` tokens for every row; nothing is drawn for a row that has ended."""
         if bool(beams.finished.any()):
             raise InvalidArgument("beams", "unfinished rows only", beams.finished.tolist())
+        if not isinstance(sampling, Sampling) and len(sampling) != len(beams):
+            raise InvalidArgument("sampling", f"one for all rows, or {len(beams)} of them", len(sampling))
         if logit_bias is not None and not is_finite_or_banned(logit_bias):
             raise InvalidArgument("logit_bias", "numbers or -inf", "NaN or +inf")
         noise = _row_uniforms(beams, draw, tokens)
