@@ -2,8 +2,8 @@
 
 The cache of a row is its prompt's (shared by all rows of the prompt) and its own suffix. Rows that have read equally
 many tokens lie in one slab: their suffixes are attended to in one batched product, each prompt's keys in one product
-for all rows of that prompt, and the two parts are merged by log-sum-exp. There is no padding and no mask, so a row's
-numbers depend on the rows of its own prompt and on nothing else in the batch; reordering rows moves suffixes only.
+for all rows of that prompt, under one softmax. In float32 nothing is padded, so a row's numbers depend on the rows of
+its own prompt and on nothing else in the batch; reordering rows moves suffixes only.
 
 Llama-like models are read by `llama.py`, which fuses projections; every other architecture that passes keyword
 arguments to its attention (Gemma 3, GPT-2, ...) through transformers' attention interface. `CachedTransformer` compares
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,32 +49,89 @@ class Prefix:
 class Stack:
     """Prompts of about equal lengths and numbers of rows, read in one product: a product each is mostly overhead.
 
-    Not in float32, where a row's bits must not depend on other prompts.
+    One prompt alone in float32, where a row's bits must not depend on other prompts.
     """
 
-    keys: tuple[Tensor, ...]  # per layer [P, kv heads, longest prompt's tokens, head width]
+    keys: tuple[Tensor, ...]  # per layer [P, kv heads, longest prompt's tokens, head width]; of one prompt without P
     values: tuple[Tensor, ...]
+    lengths: Tensor  # [P] the prompts' tokens
     unread: Tensor | None  # [P, 1, 1, tokens] bool: what only fills a shorter prompt up
-    rows: Tensor  # [P * r] the slab's rows, prompt by prompt, the last repeated for a prompt with fewer
+    rows: Tensor | None  # [P * r] the slab's rows by prompt, a prompt's last one repeated; None: all, as they stand
 
     @classmethod
-    def of(cls, prefixes: Sequence[Prefix], rows: Sequence[range]) -> Stack:
-        """Copies nothing for one prompt."""
-        most = max(len(own) for own in rows)
-        picked = torch.tensor([own[min(place, len(own) - 1)] for own in rows for place in range(most)])
+    def of(cls, prefixes: Sequence[Prefix], rows: Sequence[range], *, alone: bool) -> Stack:
+        """Copies nothing for one prompt. `alone`: the slab has no other stack."""
         device = prefixes[0].keys[0].device
-        if len(prefixes) == 1:
-            keys, values = (tuple(part[None] for part in parts) for parts in (prefixes[0].keys, prefixes[0].values))
-            return cls(keys, values, None, picked.to(device))
         lengths = torch.tensor([prefix.length for prefix in prefixes], device=device)
+        most = max(len(own) for own in rows)
+        as_they_stand = alone and all(len(own) == most for own in rows)
+        picked = None if as_they_stand else torch.tensor(
+            [own[min(place, len(own) - 1)] for own in rows for place in range(most)], device=device)  # fmt: skip
+        if len(prefixes) == 1:
+            return cls(prefixes[0].keys, prefixes[0].values, lengths, None, picked)
         longest = int(lengths.max())
         unread = None if bool((lengths == longest).all()) else torch.arange(longest, device=device) >= lengths[:, None]
         return cls(
             _side_by_side([prefix.keys for prefix in prefixes], longest),
             _side_by_side([prefix.values for prefix in prefixes], longest),
+            lengths,
             None if unread is None else unread[:, None, None],
-            picked.to(device),
+            picked,
         )
+
+    def attend(self, layer: int, query: Tensor, own: Tensor, reach: _Reach) -> tuple[Tensor, Tensor]:
+        """The stack's rows on their prompts, under one softmax with what they score on their own suffixes.
+
+        query [R, kv, Q, D] and own [R, kv, Q, L] of the slab's rows -> (weights on the suffixes [P * r, kv, Q, L], what
+        is seen of the prompts [P * r, kv, Q, D]).
+        """
+        if self.rows is not None:
+            query, own = query[self.rows], own[self.rows]
+        prompts, longest = len(self.lengths), self.keys[layer].shape[-2]
+        scores = reach.scores(_by_prompt(query, prompts) @ self.keys[layer].transpose(-1, -2))
+        if (hidden := self._hidden(reach, scores.shape[2])) is not None:
+            scores.masked_fill_(hidden, -math.inf)
+        weights = torch.cat((own, _by_row(scores, query.shape[2])), -1).softmax(-1)
+        on_suffix, on_prompt = weights.split_with_sizes([own.shape[-1], longest], -1)
+        return on_suffix, _by_row(_by_prompt(on_prompt, prompts) @ self.values[layer], query.shape[2])
+
+    def _hidden(self, reach: _Reach, queries: int) -> Tensor | None:
+        """What the prompts' `queries` rows of the product do not see, [P, 1, 1 or queries, tokens] bool."""
+        if reach.options.window is None:
+            return self.unread
+        device = self.lengths.device
+        positions = self.lengths[:, None] + reach.positions.to(device)
+        seen = _visible(positions, torch.arange(self.keys[0].shape[-2], device=device), reach.options.window)
+        hidden = ~seen.repeat(1, queries // reach.count, 1)[:, None]  # of [P, T, tokens]
+        return hidden if self.unread is None else hidden | self.unread
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """T new tokens of rows that have read `first` tokens of their suffixes: what they see, and how it is scored."""
+
+    options: AttentionOptions
+    first: int
+    count: int  # T
+
+    @property
+    def positions(self) -> Tensor:
+        """[T] in the suffix."""
+        return torch.arange(self.first, self.first + self.count)
+
+    def scores(self, products: Tensor) -> Tensor:
+        """Of products of keys and scaled queries."""
+        cap = self.options.softcap
+        return products if cap is None else torch.tanh(products / cap) * cap
+
+    def hide(self, own: Tensor) -> Tensor:
+        """own [R, kv, Q, L] on the suffix and the room behind it, with -inf where a token does not see: in place."""
+        if self.count == 1 and self.options.window is None:
+            if own.shape[-1] > self.first + 1:
+                own[..., self.first + 1 :] = -math.inf
+            return own
+        seen = _visible(self.positions, torch.arange(own.shape[-1]), self.options.window).to(own.device)
+        return own.masked_fill_(~seen.repeat(own.shape[2] // self.count, 1), -math.inf)
 
 
 @dataclass(frozen=True)
@@ -135,8 +192,8 @@ class Slab:
     length: int  # suffix tokens read; capacity may be larger
     rows: Tensor | None = None  # [R] which stored row each row has; None: as stored. Copied when it is next read.
     views: tuple[tuple[Tensor, Tensor], ...] = ()  # per layer (keys, values) of `suffix`: made once, not in every step
-    stacks: tuple[Stack, ...] = ()  # all prompts, where there are several; their rows one after the other are ...
-    unstacked: Tensor | None = None  # [R] ... where each row is among them
+    stacks: tuple[Stack, ...] = ()  # all prompts; their rows one after the other are ...
+    unstacked: Tensor | None = None  # [R] ... where each row is among them; None: in the slab's order
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -268,14 +325,12 @@ def _with_room(groups: Sequence[Sequence[Slab]], room: int) -> tuple[tuple[Slab,
         size, length = sum(len(slab) for slab in group), group[0].length
         if whole is None or held is None:
             layers, kinds, _, kv_heads, _, width = first.suffix.shape
-            # zeros, because unread room is multiplied by weights of zero
-            suffix = first.suffix.new_zeros(layers, kinds, size, kv_heads, length + room, width)
+            suffix = first.suffix.new_empty(layers, kinds, size, kv_heads, length + room, width)
+            suffix[..., length:, :] = 0  # because unread room is multiplied by weights of zero
         else:
             suffix = held[:, :, start : start + size, :, whole.filled - length :]
         start += size
-        slab = _copied(group, suffix)
-        apart = whole is None and len(slab.prefixes) > 1 and suffix.dtype != torch.float32
-        slabs.append(_stacked(slab) if apart else slab)
+        slabs.append(_stacked(_copied(group, suffix), together=whole is None and suffix.dtype != torch.float32))
     return tuple(slabs), whole
 
 
@@ -308,16 +363,23 @@ def _by_layer(held: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     return tuple((part[0], part[1]) for part in held.unbind())
 
 
-def _stacked(slab: Slab) -> Slab:
-    """The same slab with its prompts in stacks."""
+def _stacked(slab: Slab, *, together: bool) -> Slab:
+    """The same slab with its prompts in stacks: `together` where they are alike, else each alone."""
     alike: dict[tuple[int, ...], list[tuple[Prefix, range]]] = {}
     start = 0
     for place, (prefix, count) in enumerate(zip(slab.prefixes, slab.counts, strict=True)):
-        kind = (-(-prefix.length // _ALIKE), count.bit_length()) if prefix.length <= STACKED else (-1, place)
+        stackable = together and prefix.length <= STACKED
+        kind = (-(-prefix.length // _ALIKE), count.bit_length()) if stackable else (-1, place)
         alike.setdefault(kind, []).append((prefix, range(start, start + count)))
         start += count
-    stacks = tuple(Stack.of(*zip(*members, strict=True)) for members in alike.values())
-    rows = torch.cat([stack.rows for stack in stacks])
+    stacks = tuple(
+        Stack.of([prefix for prefix, _ in members], [rows for _, rows in members], alone=len(alike) == 1)
+        for members in alike.values()
+    )
+    picked = [stack.rows for stack in stacks if stack.rows is not None]
+    if not picked:
+        return replace(slab, stacks=stacks)
+    rows = torch.cat(picked)
     places = torch.empty(start, dtype=torch.int64, device=rows.device)
     places[rows] = torch.arange(len(rows), device=rows.device)  # of a repeated row any place will do
     return replace(slab, stacks=stacks, unstacked=places)
@@ -449,9 +511,10 @@ class _Prefill:
             return nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=options.scaling, enable_gqa=heads != kv_heads
             )
-        grouped = query.view(1, kv_heads, heads // kv_heads, length, -1)
-        scores = _scores(grouped, key[:, :, None], options)
-        scores = scores.masked_fill(~_visible(length, 0, length, options.window, query.device), -math.inf)
+        grouped, reach = query.view(1, kv_heads, heads // kv_heads, length, -1), _Reach(options, 0, length)
+        scores = reach.scores((grouped @ key[:, :, None].transpose(-1, -2)).float() * options.scaling)
+        positions = reach.positions.to(query.device)
+        scores = scores.masked_fill(~_visible(positions, positions, options.window), -math.inf)
         return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).view_as(query)
 
 
@@ -479,99 +542,41 @@ def _attend_slab(
     slab: Slab, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor:
     """Attention of one slab. query [R, heads, T, D], key and value [R, kv heads, T, D] -> [R, heads, T, D]."""
-    rows, heads, count, width = query.shape
-    kv_heads, end = key.shape[1], slab.length + count
+    rows, _, count, width = query.shape
+    reach = _Reach(options, slab.length, count)
     keys, values = slab.views[layer]
     keys.narrow(2, slab.length, count).copy_(key)
     values.narrow(2, slab.length, count).copy_(value)
-    grouped = query.reshape(rows, kv_heads, -1, width)  # [R, kv, (heads / kv) * T, D]
-    if query.dtype == torch.float32:  # in lower precisions the kernel would copy a slice: it reads unread room too
-        keys, values = keys[:, :, :end], values[:, :, :end]
-    scores = _scores(grouped, keys, options)
-    hidden = None
-    if count > 1 or options.window is not None:
-        hidden = ~_visible(count, slab.length, scores.shape[-1], options.window, query.device)
-    elif scores.shape[-1] > end:
-        hidden = torch.arange(scores.shape[-1], device=query.device)[None] >= end
-    if hidden is not None:
-        scores.masked_fill_(hidden.repeat(heads // kv_heads, 1), -math.inf)
-    on_suffix = _weighted(scores, values)
-    if slab.unstacked is not None and count == 1 and options.window is None:
-        on_prompt = _on_stacks(slab, layer, grouped, options)
-        return _merged(on_prompt, on_suffix, query.dtype).reshape(rows, heads, count, width)
-    parts = torch.split(grouped.transpose(0, 1), list(slab.counts), dim=1)  # per prompt [kv, r, (heads / kv) * T, D]
-    prompts = [
-        _on_prompt(prefix, layer, part, slab.length, count, options)
-        for prefix, part in zip(slab.prefixes, parts, strict=True)
-    ]
-    on_prompt = prompts[0] if len(prompts) == 1 else _Part(*(torch.cat(each) for each in zip(*prompts, strict=True)))
-    return _merged(on_prompt, on_suffix, query.dtype).reshape(rows, heads, count, width)
+    if query.dtype == torch.float32:  # in lower precisions the product would copy a slice: it reads unread room too
+        keys, values = (part.narrow(2, 0, slab.length + count) for part in (keys, values))
+    grouped = (query * options.scaling).reshape(rows, key.shape[1], -1, width)  # [R, kv, Q = (heads / kv) * T, D]
+    # Keys on the left, where oneDNN reads them as they lie; on the right it would lay them out anew.
+    own = reach.hide(reach.scores((keys @ grouped.transpose(-1, -2)).transpose(-1, -2)))
+    parts = [stack.attend(layer, grouped, own, reach) for stack in slab.stacks]
+    weights, on_prompt = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
+    if slab.unstacked is not None:
+        weights, on_prompt = weights[slab.unstacked], on_prompt[slab.unstacked]
+    return (weights @ values).add_(on_prompt).view(query.shape)
 
 
-class _Part(NamedTuple):
-    """Attention over some of the keys, not normalised: sums of exp(score - largest) * value, and of the weights."""
-
-    out: Tensor  # [R, kv, Q, D] float32
-    largest: Tensor  # [R, kv, Q, 1]
-    total: Tensor  # [R, kv, Q, 1]
-
-
-def _on_stacks(slab: Slab, layer: int, query: Tensor, options: AttentionOptions) -> _Part:
-    """All rows, each on its prompt's keys. query [R, kv, Q, D]."""
-    _, kv_heads, queries, width = query.shape
-    found = []
-    for stack in slab.stacks:
-        prompts = len(stack.keys[layer])
-        shared = query[stack.rows].view(prompts, -1, kv_heads, queries, width).transpose(1, 2)  # [P, kv, r, Q, D]
-        scores = _scores(shared.reshape(prompts, kv_heads, -1, width), stack.keys[layer], options)
-        if stack.unread is not None:
-            scores.masked_fill_(stack.unread, -math.inf)
-        part = _weighted(scores, stack.values[layer])  # [P, kv, r * Q, .]
-        shaped = (each.view(prompts, kv_heads, -1, queries, each.shape[-1]).transpose(1, 2) for each in part)
-        found.append([each.reshape(-1, kv_heads, queries, each.shape[-1]) for each in shaped])
-    return _Part(*(torch.cat(each)[slab.unstacked] for each in zip(*found, strict=True)))
+def _by_prompt(rows: Tensor, prompts: int) -> Tensor:
+    """[P * r, kv, Q, X] -> [P, kv, r * Q, X]: all rows of a prompt as one matrix."""
+    _, kv_heads, queries, width = rows.shape
+    apart = rows.reshape(prompts, -1, kv_heads, queries, width).transpose(1, 2)
+    return apart.reshape(prompts, kv_heads, -1, width)
 
 
-def _on_prompt(prefix: Prefix, layer: int, query: Tensor, suffix: int, count: int, options: AttentionOptions) -> _Part:
-    """The rows of one prompt on its keys, as one matrix. query [kv, r, Q, D]; the rows have read `suffix` tokens."""
-    kv_heads, rows, queries, width = query.shape
-    shared = query.reshape(kv_heads, -1, width)
-    scores = _scores(shared, prefix.keys[layer], options)
-    if options.window is not None:
-        total = prefix.length + suffix + count
-        visible = _visible(count, prefix.length + suffix, total, options.window, query.device)[:, : prefix.length]
-        scores.masked_fill_(~visible.repeat(rows * queries // count, 1), -math.inf)
-    part = _weighted(scores, prefix.values[layer])
-    shaped = (each.view(kv_heads, rows, queries, -1).transpose(0, 1) for each in part)
-    return _Part(*shaped)
+def _by_row(matrices: Tensor, queries: int) -> Tensor:
+    """[P, kv, r * Q, X] -> [P * r, kv, Q, X]"""
+    prompts, kv_heads, _, width = matrices.shape
+    apart = matrices.view(prompts, kv_heads, -1, queries, width).transpose(1, 2)
+    return apart.reshape(-1, kv_heads, queries, width)
 
 
-def _weighted(scores: Tensor, values: Tensor) -> _Part:
-    """scores [..., Q, L] float32, consumed; values [..., L, D]."""
-    largest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)  # all may be out of the window
-    weights = scores.sub_(largest).exp_()
-    return _Part((weights.to(values.dtype) @ values).float(), largest, weights.sum(-1, keepdim=True))
-
-
-def _merged(first: _Part, second: _Part, dtype: torch.dtype) -> Tensor:
-    """Both parts under one softmax: [R, kv, Q, D]."""
-    largest = torch.maximum(first.largest, second.largest)
-    one, two = torch.exp(first.largest - largest), torch.exp(second.largest - largest)
-    total = first.total * one + second.total * two
-    return torch.addcmul(first.out * (one / total), second.out, two / total).to(dtype)
-
-
-def _scores(query: Tensor, key: Tensor, options: AttentionOptions) -> Tensor:
-    scores = (query @ key.transpose(-1, -2)).float() * options.scaling
-    return scores if options.softcap is None else torch.tanh(scores / options.softcap) * options.softcap
-
-
-def _visible(count: int, first: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of `total` positions each of `count` tokens at positions first.. sees. bool [count, total]"""
-    position = torch.arange(first, first + count, device=device)[:, None]
-    other = torch.arange(total, device=device)[None]
-    visible = other <= position
-    return visible if window is None else visible & (other > position - window)
+def _visible(positions: Tensor, others: Tensor, window: int | None) -> Tensor:
+    """Which of the positions `others` [N] the tokens at `positions` [..., T] see. bool [..., T, N]"""
+    visible = others <= positions[..., None]
+    return visible if window is None else visible & (others > positions[..., None] - window)
 
 
 def _attention(
