@@ -25,6 +25,7 @@ LAYERS = (
         "llama",
         "memory",
         "product",
+        "threads",
         "sampling",
     },
     {"search"},

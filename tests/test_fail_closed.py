@@ -299,3 +299,35 @@ def test_a_scorer_that_distinguishes_prefixes_is_told_which_are_finished() -> No
     ]
     assert guarded.outcome([PROMPT], ["abc"]).values.tolist() == [3.0]
     assert FailClosed(Scripted(lengths)).outcome([PROMPT], ["abc"], [False]).values.tolist() == [3.0]
+
+
+def test_a_wall_that_remembers_asks_once_for_a_whole_text_and_again_for_all_else() -> None:
+    asked: list[list[str]] = []
+
+    def counted(responses: Sequence[str]) -> Tensor:
+        asked.append(list(responses))
+        return lengths(responses)
+
+    wall = FailClosed(Scripted(*[counted] * 9), remembers=3)
+    other = conversation("another")
+    assert wall.outcome([PROMPT, PROMPT], ["a", "bb"], [True, False]).values.tolist() == [1, 2]
+    assert wall.outcome([PROMPT], ["a"]).values.tolist() == [1]
+    assert asked == [["a", "bb"]], "a whole text is known"
+    wall.outcome([PROMPT], ["a"], [False])
+    wall.outcome([other], ["a"])
+    wall.outcome([PROMPT], ["bb"])
+    assert asked[1:] == [["a"], ["a"], ["bb"]], "a part is not, nor an answer to another prompt, nor what was a part"
+    wall.outcome([PROMPT, PROMPT], ["a", "new"])
+    assert asked[4:] == [["a", "new"]]
+    wall.outcome([PROMPT, other], ["new", "a"])
+    assert asked[5:] == [["new", "a"]], "only so many are kept"
+
+
+def test_a_wall_does_not_remember_faults_and_by_default_nothing() -> None:
+    wall = FailClosed(Scripted(raises(ValueError("no")), returns([math.nan]), lengths), remembers=3)
+    assert math.isnan(wall.score([PROMPT], ["abc"])[0])
+    assert math.isnan(wall.score([PROMPT], ["abc"])[0])
+    assert wall.score([PROMPT], ["abc"]).tolist() == [3]
+    forgetful = FailClosed(Scripted(lengths, raises(ValueError("asked again"))))
+    assert forgetful.score([PROMPT], ["abc"]).tolist() == [3]
+    assert math.isnan(forgetful.score([PROMPT], ["abc"])[0])

@@ -50,6 +50,7 @@ FALLBACKS = (
     "Sorry, no.",
 )
 NOTHING = "nothing was released"
+_REMEMBERED = 1024  # rewards: that of what is released was known to the search
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class Guard:
             raise InvalidArgument("batch_rows", ">= 1", batch_rows)
         if not fallbacks or not all(isinstance(text, str) and text for text in fallbacks):
             raise InvalidArgument("fallbacks", "one text or more, none empty", fallbacks)
-        self.reward, self.cost = FailClosed(reward, limits), FailClosed(cost, limits)
+        self.reward = FailClosed(reward, limits, remembers=_REMEMBERED)
+        self.cost = FailClosed(cost, limits)
         self.models = Models(engine, self.reward, self.cost, critic, limits, value)
         self.strategy: Strategy = InferenceGuard() if strategy is None else strategy
         self.sampling = sampling or Sampling()

@@ -31,6 +31,7 @@ from transformers import BertConfig, BertModel
 from inferenceguard.contracts import Conversation, render_conversation
 from inferenceguard.errors import CheckpointError, InvalidArgument
 from inferenceguard.scorers.bert import FusedBert
+from inferenceguard.threads import side_by_side
 
 Precision = Literal["float32", "bfloat16"]
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -41,6 +42,7 @@ _ON_TOPIC = 0.34  # most answers reach this cosine with their prompts, and few u
 _REPETITION_AT_MOST = 1.5  # taken off for repetition: lists repeat themselves too
 _ENOUGH_WORDS = 20  # word pieces from which on that holds
 _BATCH_TOKENS = 1024  # of a batch: its intermediate tensors stay in the processor's cache
+_SHARE = 4  # pairs at least that a core is given for itself
 _CHARACTERS_READ = 20_000  # far more than the tokens that are kept; bounds the tokenizer's work on huge texts
 
 
@@ -356,6 +358,12 @@ class FusedPairs:
         """[B] float32, in batches of at most about _BATCH_TOKENS padded tokens, shortest pairs first."""
         raw = torch.zeros(len(inputs), dtype=torch.float32)
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].ids))
+        shares = max(1, min(torch.get_num_threads(), len(inputs) // _SHARE))
+        side_by_side([functools.partial(self._judge, inputs, order[n::shares], raw) for n in range(shares)])
+        return raw
+
+    def _judge(self, inputs: Sequence[PairInput], order: Sequence[int], raw: Tensor) -> None:
+        """Writes the scores of the pairs in `order` to `raw` [B]."""
         with torch.inference_mode():
             while order:
                 fits = (n for n in range(1, len(order)) if (n + 1) * len(inputs[order[n]].ids) > _BATCH_TOKENS)
@@ -363,7 +371,6 @@ class FusedPairs:
                 rows, order = order[:size], order[size:]
                 ids, types, mask = collate([inputs[row] for row in rows])
                 raw[torch.tensor(rows)] = self.encoder.judge(self.body(ids, types, mask).float(), types, mask)
-        return raw.clone()
 
 
 def collate(inputs: Sequence[PairInput]) -> tuple[Tensor, Tensor, Tensor]:

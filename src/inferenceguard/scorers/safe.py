@@ -48,13 +48,19 @@ class FailClosed:
     late result is dropped and the next call runs again. Calls of several threads wait for each other.
     """
 
-    def __init__(self, scorer: Scorer, limits: ScorerLimits | None = None) -> None:
+    def __init__(self, scorer: Scorer, limits: ScorerLimits | None = None, *, remembers: int = 0) -> None:
+        """`remembers`: of how many whole texts the last scores are kept, for whoever asks again. A gate has to score
+        from scratch, so a wall that stands before one keeps none.
+        """
         self.scorer = scorer
         self.limits = limits or ScorerLimits()
         self.name = str(scorer.name)
         self.fingerprint = str(scorer.fingerprint)
         self.precision: str | None = getattr(scorer, "precision", None)
         self._worker = _Worker()
+        self._remembers = remembers
+        self._known: dict[tuple[Conversation, str], float] = {}
+        self._lock = threading.Lock()
 
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> Tensor:
         """As `Scorer.score`, NaN where the scorer failed: a wall can stand wherever a scorer can."""
@@ -67,6 +73,8 @@ class FailClosed:
         if len(prompts) != len(responses) or (finished is not None and len(finished) != len(responses)):
             raise InvalidArgument("responses", f"as many as the {len(prompts)} prompts", len(responses))
         ended = None if finished is None else [bool(end) for end in finished]
+        if (known := self._remembered(prompts, responses, ended)) is not None:
+            return known
         outcomes = []
         for start in range(0, len(responses), self.limits.rows):
             rows = slice(start, start + self.limits.rows)
@@ -74,7 +82,35 @@ class FailClosed:
             outcomes.append(self._score_batch(*part, start))
         if not outcomes:
             return Outcome(torch.empty(0, dtype=torch.float64))
-        return Outcome(torch.cat([o.values for o in outcomes]), _merge(outcomes))
+        outcome = Outcome(torch.cat([o.values for o in outcomes]), _merge(outcomes))
+        self._remember(prompts, responses, ended, outcome.values)
+        return outcome
+
+    def _remembered(
+        self, prompts: Sequence[Conversation], responses: Sequence[str], finished: list[bool] | None
+    ) -> Outcome | None:
+        """The scores, if all of these texts are whole and known."""
+        if not self._known or not (finished is None or all(finished)):
+            return None
+        with self._lock:
+            values = [self._known.get(pair, math.nan) for pair in zip(prompts, responses, strict=True)]
+        return None if any(map(math.isnan, values)) else Outcome(torch.tensor(values, dtype=torch.float64))
+
+    def _remember(
+        self, prompts: Sequence[Conversation], responses: Sequence[str], finished: list[bool] | None, values: Tensor
+    ) -> None:
+        whole = [True] * len(responses) if finished is None else finished
+        if not self._remembers or not any(whole):
+            return
+        pairs = zip(prompts, responses, strict=True)
+        new = {pair: value for pair, value, end in zip(pairs, values.tolist(), whole, strict=True)
+               if end and math.isfinite(value)}  # fmt: skip
+        with self._lock:
+            for pair in new:
+                self._known.pop(pair, None)  # so that the oldest stand first
+            self._known |= new
+            for pair in list(self._known)[: max(0, len(self._known) - self._remembers)]:
+                del self._known[pair]
 
     def shares_tokens(self, engine: Engine) -> bool:
         """Whether `start` and `advance` can be used with this engine; False where asking fails."""

@@ -1,0 +1,35 @@
+"""Independent pieces of work side by side, a core each, instead of one after the other on all cores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from threadpoolctl import ThreadpoolController
+
+
+def side_by_side(jobs: Sequence[Callable[[], None]]) -> None:
+    """Runs all jobs at once and raises what the first of them raised. A single job runs here, on all cores.
+
+    In a thread that has just begun, as a scorer's has, operations on several cores wait for each other longer than a
+    short one takes: OpenMP has more threads then than there are cores, and lets them sleep (docs/performance.md).
+    """
+    if len(jobs) == 1:
+        jobs[0]()
+        return
+    with ThreadPoolExecutor(len(jobs), "side-by-side") as pool:
+        for done in [pool.submit(_on_one_core, job) for job in jobs]:
+            done.result()
+
+
+def _on_one_core(job: Callable[[], None]) -> None:
+    torch.get_num_threads()  # torch sets a new thread's number when it is first asked, and would undo the limit
+    with _libraries().limit(limits=1, user_api="openmp"):
+        job()
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
