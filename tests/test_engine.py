@@ -138,6 +138,27 @@ def test_rows_that_end_leave_the_batch(engine: TransformersEngine) -> None:
         engine.extend(beams, 1, WHOLE, 1, None)
 
 
+def test_how_often_the_device_is_asked_who_has_ended_changes_nothing(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off the CPU rows that have ended are drawn for until the next look; nothing of that is kept."""
+    monkeypatch.setattr(engine, "end_tokens", tuple(range(0, VOCABULARY, 12)))  # one token in twelve ends a row
+    ways = {}
+    for look in (1, 3, 8, 100):
+        monkeypatch.setattr(engine, "look", look)
+        first = engine.extend(rows(engine, PROMPTS, 4, seed=5), 10, WHOLE, 0, None)
+        going = first.take(torch.nonzero(~first.finished)[:, 0])
+        ways[look] = first, engine.extend(going, 10, WHOLE, 1, None)
+    assert len({len(tokens) for tokens in ways[1][0].token_ids}) > 3, "rows end here and there"
+    assert len(ways[1][1]), "and some do not"
+    for look in (3, 8, 100):
+        for one, other in zip(ways[1], ways[look], strict=True):
+            assert one.token_ids == other.token_ids
+            assert torch.equal(one.finished, other.finished)
+            assert torch.allclose(one.log_prob, other.log_prob, atol=1e-5)
+            assert torch.allclose(one.latent, other.latent, atol=1e-5)
+
+
 @pytest.mark.parametrize("sampling", [WHOLE, Sampling(0.7), Sampling(1.3, top_p=0.8), Sampling(0.9, top_k=7), GREEDY])
 def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(3)) * 2

@@ -24,6 +24,8 @@ from inferenceguard.sampling import draw_tokens, is_finite_or_banned, uniforms
 
 STATE = "engine"  # the owner's name of the caches in Beams.states
 ROOM = 64  # tokens that a cache makes room for at a time: in bfloat16 attention on CPU reads unread room too
+LOOK = 8  # tokens between looks at which rows have ended, off the CPU: to look is to wait for all that was asked for
+_NOTHING = -1  # in place of a token: the row had ended
 
 
 class TransformersEngine:
@@ -47,6 +49,7 @@ class TransformersEngine:
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         head = self.model.get_output_embeddings()
         self._head = Product.of(head.weight, head.bias) if type(head) is torch.nn.Linear else head
+        self.look = 1 if self.model.device.type == "cpu" else LOOK
         self._verify_head()
         self.transformer = CachedTransformer(self.model.base_model)
 
@@ -84,42 +87,46 @@ class TransformersEngine:
             raise InvalidArgument("sampling", f"one for all rows, or {len(beams)} of them", len(sampling))
         if logit_bias is not None and not is_finite_or_banned(logit_bias):
             raise InvalidArgument("logit_bias", "numbers or -inf", "NaN or +inf")
-        noise = _row_uniforms(beams, draw, tokens)
-        drawn: list[list[int]] = [[] for _ in range(len(beams))]
-        log_prob = beams.log_prob.clone()
-        latent = beams.latent.to(self.model.dtype, copy=True)
-        finished = torch.zeros(len(beams), dtype=torch.bool)
-        end = torch.tensor(self.end_tokens)
+        device = self.model.device
+        noise, end = _row_uniforms(beams, draw, tokens).to(device), torch.tensor(self.end_tokens, device=device)
+        drawn = torch.full((len(beams), tokens), _NOTHING, device=device)
+        log_prob = torch.zeros(len(beams), dtype=torch.float64, device=device)
+        ended = torch.zeros(len(beams), dtype=torch.bool, device=device)
+        latent = beams.latent.to(device, self.model.dtype, copy=True)
 
         rows = torch.arange(len(beams))  # the rows that `cache` and `hidden` hold: ended ones leave it now and then
-        cache, hidden, token = _cache(beams), latent, torch.zeros(len(beams), dtype=torch.int64)
+        going = rows  # places in `rows` of those that had not ended when last looked at
+        cache, hidden, token = _cache(beams), latent, torch.zeros(len(beams), dtype=torch.int64, device=device)
         for step in range(tokens):
-            going = ~finished[rows]
-            active = rows[going]
-            bias = None if logit_bias is None else logit_bias[active].to(hidden.device)
-            logits = self._logits(hidden[going.to(hidden.device)])
-            shaped = sampling if isinstance(sampling, Sampling) else [sampling[row] for row in active.tolist()]
-            chosen, gained = (part.cpu() for part in draw_tokens(logits, noise[active, step], shaped, bias))
-            token[going] = chosen
-            log_prob[active] += gained.double()
-            for row, token_id in zip(active.tolist(), chosen.tolist(), strict=True):
-                drawn[row].append(token_id)
-            finished[active] = torch.isin(chosen, end)
-            kept = _worth_reading(beams.prompt_index[rows], finished[rows])
-            if not len(kept):
-                break  # nothing left to read
-            if len(kept) < len(rows):
-                rows, token, cache = rows[kept], token[kept], cache.take(kept)
+            active, places = rows[going].to(device), going.to(device)
+            bias = None if logit_bias is None else logit_bias[rows[going]].to(device)
+            shaped = sampling if isinstance(sampling, Sampling) else [sampling[row] for row in rows[going].tolist()]
+            chosen, gained = draw_tokens(self._logits(hidden[places]), noise[active, step], shaped, bias)
+            over = ended[active]
+            token[places] = chosen
+            drawn[active, step] = chosen.masked_fill(over, _NOTHING)
+            log_prob[active] += gained.masked_fill(over, 0.0)
+            ended[active] = over | torch.isin(chosen, end)
+            if (step + 1) % self.look == 0:
+                finished = ended.cpu()
+                kept = _worth_reading(beams.prompt_index[rows], finished[rows])
+                if not len(kept):
+                    break  # nothing left to read
+                if len(kept) < len(rows):
+                    rows, token, cache = rows[kept], token[kept.to(device)], cache.take(kept)
+                going = torch.nonzero(~finished[rows])[:, 0]
             cache, states = self.transformer.read(cache, token[:, None], capacity=min(tokens - step, ROOM))
-            hidden = states[:, 0]
-            reading = ~finished[rows].to(hidden.device)  # an ended row's latent stays that of its last token read
-            latent[rows.to(hidden.device)[reading]] = hidden[reading]
+            hidden, held = states[:, 0], rows.to(device)
+            # An ended row's latent stays that of its last token read.
+            latent[held] = torch.where(ended[held][:, None], latent[held], hidden)
+        finished = ended.cpu()
         open_rows = torch.nonzero(~finished[rows])[:, 0]
         cache = cache.take(open_rows).sealed().spread(rows[open_rows], len(beams))
+        new = [tuple(token for token in row if token != _NOTHING) for row in drawn.tolist()]
         return replace(
             beams,
-            token_ids=tuple(old + tuple(new) for old, new in zip(beams.token_ids, drawn, strict=True)),
-            log_prob=log_prob,
+            token_ids=tuple(old + own for old, own in zip(beams.token_ids, new, strict=True)),
+            log_prob=beams.log_prob + log_prob.cpu(),
             latent=latent.float(),
             finished=finished,
             parent=torch.arange(len(beams)),
