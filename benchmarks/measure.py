@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -158,11 +159,26 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: number for name in PACKAGES if (number := _version(name))},
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
     if device.startswith("cuda"):
         told["device"] = torch.cuda.get_device_name(device)
     return told
+
+
+def _commit() -> str:
+    """What was measured: the commit of this checkout, `-dirty` where its code was changed since; "" where unknown."""
+    root = Path(__file__).resolve().parents[1]
+    commands = ["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "--", "src", "benchmarks"]
+    try:
+        commit, changed = (
+            subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"{commit}-dirty" if changed else commit
 
 
 def _processor() -> str:
