@@ -360,15 +360,21 @@ def harmful_auto(lab: Lab) -> Row:
     tokens = lab.tokens(64)
     lab.tick("N = 16")
     fixed = lab.guard(_auto(tokens, widths=())).generate(prompts)
-    lab.tick("auto")
-    auto = lab.guard(_auto(tokens)).generate(prompts)
-    lab.tick("plain sampling")
-    plain = _plain_rewards(lab, [conversation(prompt) for prompt in prompts], tokens)
-    told = {"auto": _told(auto), "fixed": _told(fixed), "plain": {"reward": mean(plain)}}
-    each = [a.usage.proposed_tokens / f.usage.proposed_tokens for a, f in zip(auto, fixed, strict=True)]
+    # One answer a prompt says little of a mean reward: with 48 prompts its standard error is 0.2.
+    auto, plain = list[list[GuardedResponse]](), list[float]()
+    for seed in range(1 if lab.quick else 4):
+        lab.tick(f"auto, seed {seed}")
+        auto.append(lab.guard(_auto(tokens)).generate(prompts, seed=seed))
+    for seed in range(1 if lab.quick else 12):
+        lab.tick(f"plain sampling, seed {seed}")
+        plain += _plain_rewards(lab, [conversation(prompt) for prompt in prompts], tokens, seed)
+    told = {"auto": _mean([_told(answers) for answers in auto]), "fixed": _told(fixed),
+            "plain": {"reward": mean(plain)}}  # fmt: skip
+    each = [a.usage.proposed_tokens / f.usage.proposed_tokens for a, f in zip(auto[0], fixed, strict=True)]
     ratio = told["auto"]["proposed_tokens"] / told["fixed"]["proposed_tokens"]
     parts = quantiles(each, n=4) if len(each) > 1 else [ratio] * 3
     settings = lab.settings(prompts=len(prompts), source=source, tokens=tokens, n_beams=16, **told,
+                            seeds={"auto": len(auto), "fixed": 1, "plain": len(plain) // len(prompts)},
                             spread="quartiles over prompts")  # fmt: skip
     bar = Bar("<=", 0.35)
     row = judged(
@@ -432,10 +438,14 @@ def _told(responses: Sequence[GuardedResponse]) -> dict[str, float]:
     }
 
 
-def _plain_rewards(lab: Lab, prompts: Sequence[Conversation], tokens: int) -> list[float]:
+def _mean(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: mean(each[name] for each in told) for name in told[0]}
+
+
+def _plain_rewards(lab: Lab, prompts: Sequence[Conversation], tokens: int, seed: int) -> list[float]:
     """The rewards of one sample per prompt, unguarded, by the reward model that the guard uses."""
     models = lab.base.models
-    beams = BaseSampling(max_new_tokens=tokens).generate(prompts, models, SAMPLING, [0] * len(prompts)).ungated()
+    beams = BaseSampling(max_new_tokens=tokens).generate(prompts, models, SAMPLING, [seed] * len(prompts)).ungated()
     texts = [visible_text(lab.engine, row) for row in beams.token_ids]
     return lab.base.reward.score(prompts, texts).tolist()
 
