@@ -48,7 +48,7 @@ class InferenceGuard:
     multiplier: float = 5.0  # lambda of `lagrangian`, reward units per cost unit
     widths: tuple[int, ...] = ()  # proposals to try with first (METHOD 7.4); (1, 4) is `--n-beams auto`
     calm: float = 0.95  # with widths: more proposals where no p_safe reaches this,
-    margin: float = 1.5  # or where z is below this, in cost units
+    margin: float = 1.0  # or where z is below this, in cost units
 
     def __post_init__(self) -> None:
         check_accounting(self.accounting)
