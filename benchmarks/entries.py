@@ -230,7 +230,7 @@ def against_vllm(rows: int) -> Entry:
             name,
             ("vllm", lambda: rival.draw(ids, count, tokens)),
             ("ours", lambda: draw(lab.endless, ids, count, tokens)),
-            SHORT, Bar(">="), f"a vLLM server of {rival.model}",
+            SHORT, Bar(">="), f"a vLLM server of {Path(rival.model).name}",
             {"rows": count, "tokens": tokens, "prompt_tokens": len(ids)},
         )  # fmt: skip
 
