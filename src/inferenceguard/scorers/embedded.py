@@ -356,7 +356,7 @@ class FusedPairs:
 
     def __call__(self, inputs: Sequence[PairInput]) -> Tensor:
         """[B] float32, in batches of at most about _BATCH_TOKENS padded tokens, shortest pairs first."""
-        raw = torch.zeros(len(inputs), dtype=torch.float32)
+        raw = torch.full((len(inputs),), torch.nan)  # a pair that no share had would be no score, not 0
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].ids))
         shares = max(1, min(torch.get_num_threads(), len(inputs) // _SHARE))
         side_by_side([functools.partial(self._judge, inputs, order[n::shares], raw) for n in range(shares)])
