@@ -19,9 +19,11 @@ def side_by_side(jobs: Sequence[Callable[[], None]]) -> None:
     if len(jobs) == 1:
         jobs[0]()
         return
-    with ThreadPoolExecutor(len(jobs), "side-by-side") as pool:
-        for done in [pool.submit(_on_one_core, job) for job in jobs]:
-            done.result()
+    with ThreadPoolExecutor(len(jobs) - 1, "side-by-side") as pool:
+        others = [pool.submit(_on_one_core, job) for job in jobs[1:]]
+        _on_one_core(jobs[0])
+        for other in others:
+            other.result()
 
 
 def _on_one_core(job: Callable[[], None]) -> None:

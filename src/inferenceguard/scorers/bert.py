@@ -19,7 +19,8 @@ from inferenceguard.product import FusedPass, Product
 
 # Tokens of a batch are filled up to a multiple of this for the products: oneDNN prepares a kernel for each new number
 # of rows, which takes as long as a short text's products (docs/performance.md).
-_TOKENS = 64
+_TOKENS = 16
+_SMALLEST = 1e-30  # sum of exponentials whose parts are exact enough
 
 
 class FusedBert(FusedPass):
@@ -38,31 +39,47 @@ class FusedBert(FusedPass):
         shape = hidden.shape
         tokens = ids.numel()
         rows = pad(hidden.view(tokens, -1), (0, 0, 0, -tokens % _TOKENS))
-        unseen = None if bool(mask.all()) else _unseen(mask, self.dtype)
         for layer in self.layers:
             seen = torch.zeros_like(rows)
             heads = layer.qkv(rows)[:tokens].view(*shape[:2], 3, self.heads, -1)
-            seen[:tokens] = self._attention(heads, unseen).view(tokens, -1)
+            seen[:tokens] = self._attention(heads, mask).view(tokens, -1)
             rows = layer.between(layer.out.plus(seen, rows))
             rows = layer.after(layer.down.plus(layer.up.gelu(rows), rows))
         last: Tensor = rows[:tokens].view(shape)
         return last
 
-    def _attention(self, heads: Tensor, unseen: Tensor | None) -> Tensor:
-        """[B, L, 3, heads, D] -> [B, L, heads, D]. `unseen` [B, 1, 1, L] is added to the logits."""
+    def _attention(self, heads: Tensor, mask: Tensor) -> Tensor:
+        """[B, L, 3, heads, D] -> [B, L, heads, D]. Every row of `mask` [B, L] has a token to see: [CLS]."""
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         if self.dtype == torch.float32 or len(query) == 1:
+            unseen = None if bool(mask.all()) else mask.bool()[:, None, None]
             seen: Tensor = scaled_dot_product_attention(query, key, value, attn_mask=unseen)
             return seen.transpose(1, 2).contiguous()
-        # Of many texts torch's fused attention is the slower one in bfloat16 on CPUs; of one, this prepares kernels.
-        batch, count, length, width = query.shape
-        query, key, value = (part.reshape(-1, length, width) for part in (query, key, value))
-        empty = torch.empty((), dtype=self.dtype)  # beta = 0: not read
-        logits = torch.baddbmm(empty, query, key.transpose(1, 2), beta=0, alpha=width**-0.5)
-        if unseen is not None:
-            logits.view(batch, count, length, length).add_(unseen)
-        seen = (logits.softmax(-1) @ value).view(batch, count, length, width)
-        return seen.transpose(1, 2).contiguous()
+        return attention_of_many(query, key, value, mask)
+
+
+def attention_of_many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """[B, heads, L, D] each -> [B, L, heads, D], in bfloat16, whose softmax takes longer than all else on CPUs.
+
+    So the exponentials are summed by the product with the values, which have a column of ones, and divided out after
+    it: D numbers instead of L. Padding has zeros for its value and its one, which is all the mask that it needs. Where
+    a sum is beyond what a number can hold (MiniLM's first layer has logits above 88), softmax does it after all.
+    """
+    batch, heads, length, width = query.shape
+    queries, keys = (part.reshape(-1, length, width) for part in (query, key))
+    empty = torch.empty((), dtype=query.dtype)  # beta = 0: not read
+    logits = torch.baddbmm(empty, queries, keys.transpose(1, 2), beta=0, alpha=width**-0.5)
+    seen = mask.to(value.dtype)[:, None, :, None]
+    values = torch.cat((value * seen, seen.expand(-1, heads, -1, -1)), -1).view(-1, length, width + 1)
+    summed = (logits.exp() @ values).view(batch, heads, length, width + 1)
+    least, most = summed[..., width].aminmax()
+    if _SMALLEST < least and most < torch.inf:
+        attended = summed[..., :width] / summed[..., width:]
+    else:
+        unseen = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]
+        logits.view(batch, heads, length, length).add_(unseen)
+        attended = (logits.softmax(-1) @ value.reshape(-1, length, width)).view(batch, heads, length, width)
+    return attended.transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -105,8 +122,3 @@ def _product(dtype: torch.dtype, *parts: nn.Linear) -> Product:
     """The parts' products as one, their results beside each other."""
     weight = torch.cat([part.weight.detach() for part in parts]).to(dtype)
     return Product.of(weight, torch.cat([part.bias.detach() for part in parts]).to(dtype), any_bits=True)
-
-
-def _unseen(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a token may be seen, -inf where it is padding: [B, 1, 1, L]. Every row has a token to see: [CLS]."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]

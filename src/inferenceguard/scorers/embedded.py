@@ -41,8 +41,8 @@ _FIRST_WORD = 1996  # in MiniLM's vocabulary: "the"; before it come control toke
 _ON_TOPIC = 0.34  # most answers reach this cosine with their prompts, and few unrelated texts do
 _REPETITION_AT_MOST = 1.5  # taken off for repetition: lists repeat themselves too
 _ENOUGH_WORDS = 20  # word pieces from which on that holds
-_BATCH_TOKENS = 1024  # of a batch: its intermediate tensors stay in the processor's cache
-_SHARE = 4  # pairs at least that a core is given for itself
+_BATCH_TOKENS = 512  # of a batch: products are as fast as of more tokens, and less is padding
+_SHARE = 2  # pairs at least that a core is given for itself
 _CHARACTERS_READ = 20_000  # far more than the tokens that are kept; bounds the tokenizer's work on huge texts
 
 
@@ -355,7 +355,7 @@ class FusedPairs:
         self.body = FusedBert(encoder.bert, torch.bfloat16 if precision == "bfloat16" else torch.float32)
 
     def __call__(self, inputs: Sequence[PairInput]) -> Tensor:
-        """[B] float32, in batches of at most about _BATCH_TOKENS padded tokens, shortest pairs first."""
+        """[B] float32, in batches of about _BATCH_TOKENS padded tokens, shortest pairs first."""
         raw = torch.full((len(inputs),), torch.nan)  # a pair that no share had would be no score, not 0
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].ids))
         shares = max(1, min(torch.get_num_threads(), len(inputs) // _SHARE))
@@ -364,9 +364,11 @@ class FusedPairs:
 
     def _judge(self, inputs: Sequence[PairInput], order: Sequence[int], raw: Tensor) -> None:
         """Writes the scores of the pairs in `order` to `raw` [B]."""
+        tokens = sum(len(inputs[row].ids) for row in order)
+        most = tokens / max(1, round(tokens / _BATCH_TOKENS)) + max((len(inputs[row].ids) for row in order), default=0)
         with torch.inference_mode():
             while order:
-                fits = (n for n in range(1, len(order)) if (n + 1) * len(inputs[order[n]].ids) > _BATCH_TOKENS)
+                fits = (n for n in range(1, len(order)) if (n + 1) * len(inputs[order[n]].ids) > most)
                 size = next(fits, len(order))
                 rows, order = order[:size], order[size:]
                 ids, types, mask = collate([inputs[row] for row in rows])
