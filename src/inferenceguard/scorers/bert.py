@@ -51,45 +51,48 @@ class FusedBert(FusedPass):
         shape = hidden.shape
         tokens = ids.numel()
         rows = pad(hidden.view(tokens, -1), (0, 0, 0, -tokens % _TOKENS))
+        seen = mask.to(self.dtype)
+        gathered = torch.zeros_like(rows)
+        places = gathered[:tokens].view(*shape[:2], self.heads, -1)
         for layer in self.layers:
-            seen = torch.zeros_like(rows)
             heads = layer.qkv(rows)[:tokens].view(*shape[:2], 3, self.heads, -1)
-            seen[:tokens] = self._attention(heads, mask).view(tokens, -1)
-            rows = layer.after(layer.feed_forward(layer.between(layer.out.plus(seen, rows))))
+            self._attend(heads, seen, places)
+            rows = layer.after(layer.feed_forward(layer.between(layer.out.plus(gathered, rows))))
         last: Tensor = rows[:tokens].view(shape)
         return last
 
-    def _attention(self, heads: Tensor, mask: Tensor) -> Tensor:
-        """[B, L, 3, heads, D] -> [B, L, heads, D]. Every row of `mask` [B, L] has a token to see: [CLS]."""
+    def _attend(self, heads: Tensor, seen: Tensor, places: Tensor) -> None:
+        """[B, L, 3, heads, D] -> `places` [B, L, heads, D]. Every row of `seen` [B, L] has a token that is: [CLS]."""
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         if self.dtype == torch.float32 or len(query) == 1:
-            unseen = None if bool(mask.all()) else mask.bool()[:, None, None]
-            seen: Tensor = scaled_dot_product_attention(query, key, value, attn_mask=unseen)
-            return seen.transpose(1, 2).contiguous()
-        return attention_of_many(query, key, value, mask)
+            mask = None if bool(seen.all()) else seen.bool()[:, None, None]
+            places.copy_(scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2))
+        else:
+            attend_many(query, key, value, seen, places)
 
 
-def attention_of_many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """[B, heads, L, D] each -> [B, L, heads, D], in bfloat16, whose softmax takes longer than all else on CPUs.
+def attend_many(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, places: Tensor) -> None:
+    """[B, heads, L, D] each -> `places` [B, L, heads, D], in bfloat16, whose softmax is the slowest part on CPUs.
 
     So the exponentials are summed by the product with the values, which have a column of ones, and divided out after
-    it: D numbers instead of L. Padding has zeros for its value and its one, which is all the mask that it needs. Where
-    a sum is beyond what a number can hold (MiniLM's first layer has logits above 88), softmax does it after all.
+    it: D numbers instead of L. Padding (0 in `seen` [B, L], else 1) has zeros for its value and its one, which is all
+    the mask that it needs. Where a sum is beyond what a number can hold (MiniLM's first layer has logits above 88),
+    softmax does it after all.
     """
     batch, heads, length, width = query.shape
     queries, keys = (part.reshape(-1, length, width) for part in (query, key))
-    seen = mask.to(value.dtype)[:, None, :, None]
-    values = torch.cat((value * seen, seen.expand(-1, heads, -1, -1)), -1).view(-1, length, width + 1)
+    ones = seen[:, None, :, None]
+    values = torch.cat((value * ones, ones.expand(-1, heads, -1, -1)), -1).view(-1, length, width + 1)
     empty = torch.empty((), dtype=query.dtype)  # beta = 0: not read
     logits = torch.baddbmm(empty, queries, keys.transpose(1, 2), beta=0, alpha=width**-0.5)
     summed = (logits.exp() @ values).view(batch, heads, length, width + 1)
     least, most = summed[..., width].aminmax()
     if least > _SMALLEST and most < torch.inf:
-        attended = summed[..., :width] / summed[..., width:]
+        torch.div(summed[..., :width], summed[..., width:], out=places.transpose(1, 2))
     else:
-        unseen = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]
-        attended = (logits.view(batch, heads, length, length) + unseen).softmax(-1) @ value
-    return attended.transpose(1, 2).contiguous()
+        unseen = torch.zeros_like(seen).masked_fill_(seen == 0, -torch.inf)[:, None, None]
+        weights = (logits.view(batch, heads, length, length) + unseen).softmax(-1)
+        places.copy_((weights @ value).transpose(1, 2))
 
 
 @dataclass(frozen=True)

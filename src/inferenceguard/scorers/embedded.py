@@ -103,7 +103,7 @@ class EmbeddedScorer:
     def score_texts(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
         """As `score`, on (prompt, response) texts. Equal pairs are computed once, in batches of about equal length."""
         distinct = list(dict.fromkeys(pairs))
-        inputs = [self.reader.read(prompt, response) for prompt, response in distinct]
+        inputs = self.reader.read_all(distinct)
         raw = self.forward(inputs)
         row = {pair: index for index, pair in enumerate(distinct)}
         rows = torch.tensor([row[pair] for pair in pairs], dtype=torch.long)
@@ -222,12 +222,17 @@ class PairReader:
     def read(self, prompt: str, response: str) -> PairInput:
         return self.join(self._prompt(prompt), self.encode(response))
 
+    def read_all(self, pairs: Sequence[tuple[str, str]]) -> list[PairInput]:
+        """As `read`, the responses on all cores."""
+        texts = [_readable(response) for _, response in pairs]
+        responses = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            self.join(self._prompt(prompt), tokens.ids) for (prompt, _), tokens in zip(pairs, responses, strict=True)
+        ]
+
     def encode(self, text: str) -> list[int]:
         """All tokens of the text (of its two ends, if it is very long), without [CLS] and [SEP]."""
-        if len(text) > 2 * _CHARACTERS_READ:
-            text = text[:_CHARACTERS_READ] + " " + text[-_CHARACTERS_READ:]
-        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates would raise in the tokenizer
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.encode(_readable(text), add_special_tokens=False).ids
         return ids
 
     def join(self, prompt: Sequence[int], response: Sequence[int]) -> PairInput:
@@ -496,6 +501,13 @@ def _token_id(tokenizer: Tokenizer, token: str) -> int:
     if number is None:
         raise CheckpointError(f"the tokenizer has no {token}: it is not MiniLM's.")
     return number
+
+
+def _readable(text: str) -> str:
+    """The text, or its two ends, as the tokenizer can read it: lone surrogates would raise there."""
+    if len(text) > 2 * _CHARACTERS_READ:
+        text = text[:_CHARACTERS_READ] + " " + text[-_CHARACTERS_READ:]
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _trim(ids: Sequence[int], head: int, tail: int) -> Sequence[int]:
