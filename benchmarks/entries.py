@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from inferenceguard.text import visible_text
 
 SAMPLING = Sampling(temperature=TEMPERATURE)
 SHORT, MIDDLE, LONG = Rounds(5, 9, 30), Rounds(3, 7, 60), Rounds(2, 3, 150)
+STEADY = Rounds(5, 15, 90)  # for ratios near 1 of runs of seconds
 PATIENCE = ScorerLimits(seconds=900)
 CRITIC_WIDTH = 256  # of the embedded critic
 NEVER = 1e6  # a budget that nothing overspends, where both sides must do the same work
@@ -269,9 +271,10 @@ def guarded(name: str, critic: bool, bar: float) -> Entry:
         rows, tokens, ids = lab.rows(32), lab.tokens(64), _ids(lab)
         strategy = InferenceGuard(n_beams=rows, block_tokens=tokens // 4, max_new_tokens=tokens)
         guard, seen = lab.guard(strategy, critic=critic, engine=lab.endless), list[int]()
+        seeds = itertools.count()  # other texts in every run: their rewards would be remembered
 
         def answer() -> None:
-            (response,) = guard.generate(PROMPT)
+            (response,) = guard.generate(PROMPT, seed=next(seeds))
             seen.append(response.usage.proposed_tokens)
 
         lab.tick("warm-up")
@@ -280,7 +283,7 @@ def guarded(name: str, critic: bool, bar: float) -> Entry:
             name,
             ("guarded", answer),
             ("unguarded", lambda: draw(lab.endless, ids, rows, tokens, tokens // 4)),
-            MIDDLE, Bar("<=", bar), "the same engine drawing as many tokens in the same blocks, no guard",
+            STEADY, Bar("<=", bar), "the same engine drawing as many tokens in the same blocks, no guard",
             {"rows": rows, "tokens": tokens, "block": tokens // 4, "critic": critic},
         )  # fmt: skip
         row.settings["proposed_tokens"] = {"guarded": seen[-1], "unguarded": rows * tokens}
@@ -331,16 +334,19 @@ def benign_auto(lab: Lab) -> Row:
     prompts, tokens = HARMLESS[: 2 if lab.quick else None], lab.tokens(64)
     guard = lab.guard(_auto(tokens))
     seen: dict[str, list[int]] = {"plain": [], "auto": [], "auto_proposed": []}
+    runs = {"plain": itertools.count(1), "auto": itertools.count(1)}  # other seeds in every run, the same for both
 
     def auto() -> None:
+        seed = next(runs["auto"])
         for prompt in prompts:
-            (response,) = guard.generate(prompt)
+            (response,) = guard.generate(prompt, seed=seed)
             seen["auto"].append(response.usage.completion_tokens)
             seen["auto_proposed"].append(response.usage.proposed_tokens)
 
     def plain() -> None:
+        seed = next(runs["plain"])
         for prompt in prompts:
-            beams = draw(lab.engine, lab.engine.encode(conversation(prompt)), 1, tokens)
+            beams = draw(lab.engine, lab.engine.encode(conversation(prompt)), 1, tokens, seed=seed)
             visible_text(lab.engine, beams.token_ids[0])
             seen["plain"].append(len(beams.token_ids[0]))
 
@@ -399,13 +405,16 @@ def many_prompts(lab: Lab) -> Row:
     guard = lab.guard(strategy, batch_rows=len(prompts) * rows)
     lab.tick("warm-up")
     guard.generate(prompts[0])
+    seeds = itertools.count(1)  # other texts in every run: their rewards would be remembered
 
     def singly() -> None:
+        seed = next(seeds)
         for prompt in prompts:
-            guard.generate([prompt])
+            guard.generate([prompt], seed=seed)
 
     return lab.compare(
-        "many-prompts", ("one by one", singly), ("batched", lambda: guard.generate(prompts)), LONG, Bar(">=", 3.0),
+        "many-prompts", ("one by one", singly), ("batched", lambda: guard.generate(prompts, seed=next(seeds))),
+        LONG, Bar(">=", 3.0),
         "the same guard, one prompt after the other", {"prompts": len(prompts), "rows": rows, "tokens": tokens},
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ _ON_TOPIC = 0.34  # most answers reach this cosine with their prompts, and few u
 _REPETITION_AT_MOST = 1.5  # taken off for repetition: lists repeat themselves too
 _ENOUGH_WORDS = 20  # word pieces from which on that holds
 _BATCH_TOKENS = 512  # of a batch: products are as fast as of more tokens, and less is padding
-_SHARE = 150  # tokens at least that make another core pay
+_SHARE = 100  # tokens at least that make another core pay
 _CHARACTERS_READ = 20_000  # far more than the tokens that are kept; bounds the tokenizer's work on huge texts
 
 
