@@ -8,15 +8,19 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertModel
 
 from inferenceguard.contracts import Message
 from inferenceguard.errors import CheckpointError, InvalidArgument
+from inferenceguard.scorers import embedded
 from inferenceguard.scorers.bert import FusedBert, attend_many
 from inferenceguard.scorers.embedded import (
     WEIGHTS,
@@ -490,3 +494,22 @@ def test_attention_summed_by_the_values_product_is_torchs_own(length: int, size:
     assert torch.allclose(ours, wanted, atol=0.03)
     only = value[2, :, :1].transpose(0, 1).float().expand(length, -1, -1)
     assert torch.allclose(ours[2], only, rtol=0.01)  # one token is seen
+
+
+@given(st.lists(st.integers(3, 323), max_size=60), st.integers(1, 5))
+def test_pairs_are_shared_out_evenly_and_batched_without_much_padding(lengths: list[int], cores: int) -> None:
+    inputs = [embedded.PairInput((0,) * length, 1) for length in lengths]
+    with mock.patch("torch.get_num_threads", return_value=cores):
+        shares = embedded.pairs_of_cores(inputs)
+    assert sorted(row for share in shares for row in share) == list(range(len(inputs)))
+    assert len(shares) <= cores
+    loads = [sum(lengths[row] for row in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+    for share in shares:
+        batches = list(embedded.batches(inputs, share))
+        assert [row for batch in batches for row in batch] == share
+        for batch in batches:
+            sizes = [lengths[row] for row in batch]
+            assert sizes == sorted(sizes)
+            assert len(sizes) * sizes[-1] <= 1.2 * sum(sizes)
+            assert len(sizes) * sizes[-1] <= 1.5 * 512 + max(lengths)

@@ -15,7 +15,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -44,6 +44,7 @@ _ON_TOPIC = 0.34  # most answers reach this cosine with their prompts, and few u
 _REPETITION_AT_MOST = 1.5  # taken off for repetition: lists repeat themselves too
 _ENOUGH_WORDS = 20  # word pieces from which on that holds
 _BATCH_TOKENS = 512  # of a batch: products are as fast as of more tokens, and less is padding
+_PADDED = 1.2  # padded tokens of a batch at most, of its own
 _SHARE = 100  # tokens at least that make another core pay
 _CHARACTERS_READ = 20_000  # far more than the tokens that are kept; bounds the tokenizer's work on huge texts
 
@@ -398,25 +399,47 @@ class FusedPairs:
             self.body = FusedBert(encoder.bert, torch.bfloat16 if precision == "bfloat16" else torch.float32)
 
     def __call__(self, inputs: Sequence[PairInput]) -> Tensor:
-        """[B] float32, in batches of about _BATCH_TOKENS padded tokens, shortest pairs first."""
+        """[B] float32, in batches of about _BATCH_TOKENS padded tokens and of about equal lengths."""
         raw = torch.full((len(inputs),), torch.nan)  # a pair that no share had would be no score, not 0
-        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].ids))
-        tokens = sum(len(pair.ids) for pair in inputs)
-        shares = max(1, min(torch.get_num_threads(), tokens // _SHARE, len(inputs)))
-        side_by_side([functools.partial(self._judge, inputs, order[n::shares], raw) for n in range(shares)])
+        side_by_side([functools.partial(self._judge, inputs, share, raw) for share in pairs_of_cores(inputs)])
         return raw
 
-    def _judge(self, inputs: Sequence[PairInput], order: Sequence[int], raw: Tensor) -> None:
-        """Writes the scores of the pairs in `order` to `raw` [B]."""
-        tokens = sum(len(inputs[row].ids) for row in order)
-        most = tokens / max(1, round(tokens / _BATCH_TOKENS)) + max((len(inputs[row].ids) for row in order), default=0)
+    def _judge(self, inputs: Sequence[PairInput], share: Sequence[int], raw: Tensor) -> None:
+        """Writes the scores of the pairs in `share` to `raw` [B]."""
         with torch.inference_mode():
-            while order:
-                fits = (n for n in range(1, len(order)) if (n + 1) * len(inputs[order[n]].ids) > most)
-                size = next(fits, len(order))
-                rows, order = order[:size], order[size:]
+            for rows in batches(inputs, share):
                 ids, types, mask = collate([inputs[row] for row in rows])
                 raw[torch.tensor(rows)] = self.encoder.judge(self.body(ids, types, mask).float(), types, mask)
+
+
+def pairs_of_cores(inputs: Sequence[PairInput]) -> list[list[int]]:
+    """The pairs of each core, shortest first: the longest one left goes to the core with the fewest tokens."""
+    lengths = [len(pair.ids) for pair in inputs]
+    count = max(1, min(torch.get_num_threads(), len(inputs), sum(lengths) // _SHARE))
+    shares: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * len(shares)
+    for row in sorted(range(len(inputs)), key=lambda row: -lengths[row]):
+        core = tokens.index(min(tokens))
+        shares[core].insert(0, row)
+        tokens[core] += lengths[row]
+    return shares
+
+
+def batches(inputs: Sequence[PairInput], share: Sequence[int]) -> Iterator[list[int]]:
+    """Pairs, shortest first, as batches."""
+    tokens = sum(len(inputs[row].ids) for row in share)
+    most = tokens / max(1, round(tokens / _BATCH_TOKENS)) + max((len(inputs[row].ids) for row in share), default=0)
+    batch: list[int] = []
+    tokens = 0
+    for row in share:
+        length = len(inputs[row].ids)
+        tokens, padded = tokens + length, (len(batch) + 1) * length
+        if batch and padded > min(most, _PADDED * tokens):
+            yield batch
+            batch, tokens = [], length
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _read_each(encoder: PairEncoder, inputs: Sequence[PairInput]) -> None:
