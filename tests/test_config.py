@@ -15,6 +15,7 @@ from inferenceguard.critic.network import CriticNetwork, Provenance, SafetyCriti
 from inferenceguard.errors import CheckpointError, FingerprintMismatch, InvalidArgument, UnknownName
 from inferenceguard.guard import Guard
 from inferenceguard.scorers import FunctionScorer
+from inferenceguard.scorers.int8 import multiplies_bytes
 from inferenceguard.strategies import BaseSampling, InferenceGuard
 from tiny import tiny_model, tiny_tokenizer
 
@@ -132,10 +133,10 @@ def test_a_pickle_is_never_opened(llm, tmp_path):
 # --- the preset ------------------------------------------------------------------------------------------------------
 
 
-def test_the_preset_steers_in_bfloat16_and_decides_in_float32():
+def test_the_preset_steers_in_low_precision_and_decides_in_float32():
     guard = Guard.from_preset(critic=False, reward=REWARD, dtype="bfloat16")
     assert guard.models.engine.model.dtype == torch.bfloat16
-    assert guard.cost.scorer.precision == "bfloat16"
+    assert guard.cost.scorer.precision == ("int8" if multiplies_bytes() else "bfloat16")
     assert guard.gate.cost.scorer.precision == "float32"
     assert guard.cost.fingerprint == guard.gate.cost.fingerprint
     assert guard.sampling.temperature == config.TEMPERATURE
