@@ -310,9 +310,10 @@ def against_naive(name: str, critic: bool, bar: float | None) -> Entry:
             lab.endless, lab.plain, reward, cost, **sizes, budget=NEVER, threshold=0.0, critic=own, read=lab.plain.read
         )
         prompt, seen = conversation(PROMPT), dict[str, int]()
+        seeds = itertools.count()  # other texts in every run: their rewards would be remembered
 
         def ours() -> None:
-            (response,) = guard.generate(PROMPT)
+            (response,) = guard.generate(PROMPT, seed=next(seeds))
             seen["ours"] = response.usage.proposed_tokens
 
         def theirs() -> None:
