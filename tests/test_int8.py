@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,3 +125,15 @@ def test_a_torch_without_the_means_multiplies_none(monkeypatch: pytest.MonkeyPat
         assert not multiplies_bytes()
     finally:
         int8.multiplies_bytes.cache_clear()
+
+
+@needs_bytes
+def test_a_broken_weight_gives_no_number() -> None:
+    """Bytes cannot hold NaN: what carries it to the score is the residual stream."""
+    cost = EmbeddedCost.load()
+    steering = cost.with_precision("int8")
+    word = steering.reader.encode("apples")[0]
+    cost.encoder.bert.embeddings.word_embeddings.weight.data[word, 5] = torch.nan
+    broken, whole = steering.score_texts([("fruit", "- apples"), ("hello", "good day")]).tolist()
+    assert math.isnan(broken)
+    assert math.isfinite(whole)

@@ -80,7 +80,7 @@ class EmbeddedScorer:
     def with_precision(self, precision: ScorerPrecision) -> Self:
         """The same scorer (weights shared) that computes in `precision`: float32 to decide, the others to search.
 
-        int8 is bfloat16 with products of 8-bit integers, twice as fast; it reads `SAMPLE` first, in half a second.
+        int8 is bfloat16 with products of 8-bit integers, which are twice as fast; it reads `SAMPLE` first.
         Raises InvalidArgument where the CPU has no fast ones (`multiplies_bytes`).
         """
         possible = ["float32", "bfloat16", *(["int8"] if multiplies_bytes() else [])]
@@ -88,7 +88,8 @@ class EmbeddedScorer:
             raise InvalidArgument("precision", f"one of {', '.join(possible)} on this CPU", precision)
         other = copy.copy(self)
         other.precision = precision
-        other.forward = FusedPairs(self.encoder, precision, [self.reader.read(*pair) for pair in SAMPLE])
+        sample = self.reader.read_all(SAMPLE) if precision == "int8" else []
+        other.forward = FusedPairs(self.encoder, precision, sample)
         return other
 
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> Tensor:

@@ -4,7 +4,7 @@ Some channels of MiniLM's hidden states, and some neurons of its feed-forward la
 others, which one scale for all of them would leave without resolution. So every channel is shifted to the middle of its
 range, most of the difference in range is moved into the weights (SmoothQuant, arXiv 2211.10438; the shift: Outlier
 Suppression+, arXiv 2304.09145), and the few neurons of largest range stay in bfloat16. Ranges are those of texts that
-the encoder reads once; what is beyond them is cut off (docs/performance.md has the errors).
+the encoder reads once; what is beyond them is cut off (docs/log.md has the errors).
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ _ROWS = 512  # that oneDNN lays weights out for; others work too
 
 @functools.cache
 def multiplies_bytes() -> bool:
-    """Whether this CPU and this torch multiply 8-bit integers fast. What is asked for is not public in torch."""
+    """Whether this CPU and this torch multiply 8-bit integers fast: tried, for the means are not public in torch."""
     try:
-        return bool(torch.cpu._is_vnni_supported()) and hasattr(torch.ops.onednn.qlinear_pointwise, "binary")
-    except (AttributeError, RuntimeError):
+        if not torch.cpu._is_vnni_supported():
+            return False
+        weights, ones, rows = ByteWeights.of(torch.eye(4)), torch.ones(4), torch.full((1, 4), 3, dtype=torch.uint8)
+        sums = weights.times(rows, 1.0, ones, weights.gelu(rows, ones, 1.0, 0).bfloat16())
+        return bool((sums.round() == 8).all())  # 3 + 1, and gelu(3 + 1)
+    except (AttributeError, RuntimeError, TypeError):
         return False
 
 
