@@ -297,7 +297,7 @@ class BlockTrace:
     proposed_tokens: int
     attempt: tuple[int, ...]  # per proposal: 0, or the number of the retry that made it
     tokens: tuple[int, ...]  # response tokens of each proposal so far
-    cost: tuple[float | None, ...]  # the block's charge; None where the scorer failed
+    cost: tuple[float | None, ...]  # the block's charge; None where the scorer failed, or was not asked (outranked)
     budget: tuple[float | None, ...]  # z after it; None where everything is spent (-inf)
     score: tuple[float | None, ...]  # what `keep` ranked by
     p_safe: tuple[float | None, ...]  # the critic's, where it was asked

@@ -71,7 +71,7 @@ class Charged:
     """Rows after their charge: `beams` has the new z and `spent`."""
 
     beams: Beams
-    cost: Tensor  # [B] float64, cost units; NaN where the scorer failed (z is -inf then)
+    cost: Tensor  # [B] float64, cost units; NaN where the scorer failed, inf where it was not asked (z is -inf then)
     faults: tuple[str, ...] = ()
 
 
@@ -540,7 +540,7 @@ def _trace(proposals: _Proposals, rows: list[int], kept: set[int]) -> BlockTrace
 
 def _fate(proposals: _Proposals, row: int) -> str:
     scored = proposals.scored
-    if bool(scored.feasible[row]):
+    if bool(scored.feasible[row]) or math.isinf(float(proposals.cost[row])):  # the latter was not asked about
         return "outranked"
     if not math.isfinite(float(proposals.cost[row])):
         return "scorer fault"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from inferenceguard.beams import Beams
 from inferenceguard.budget import Accounting, SafetyBudget, check_accounting
 from inferenceguard.contracts import (
     Conversation,
@@ -18,7 +18,8 @@ from inferenceguard.contracts import (
     SearchStep,
 )
 from inferenceguard.errors import FingerprintMismatch, InvalidArgument, MissingCapability
-from inferenceguard.search import Scored, Search, SearchPlan, last_step, quarter, run
+from inferenceguard.search import Score, Search, SearchPlan, last_step, quarter, run
+from inferenceguard.strategies.in_turn import InTurn
 from inferenceguard.strategies.ledger import Ledger
 from inferenceguard.strategies.ranking import Calm, Ranking
 
@@ -49,6 +50,7 @@ class InferenceGuard:
     widths: tuple[int, ...] = ()  # proposals to try with first (METHOD 7.4); (1, 4) is `--n-beams auto`
     calm: float = 0.95  # with widths: more proposals where no p_safe reaches this,
     margin: float = 1.0  # or where z is below this, in cost units
+    charge_all: bool = False  # the cost of every proposal, for the record: also of those that K better ones outrank
 
     def __post_init__(self) -> None:
         check_accounting(self.accounting)
@@ -96,10 +98,11 @@ class InferenceGuard:
             ranks_open=models.critic is None and self.objective != "cost",
         )  # fmt: skip
 
-        def score(rows: Beams) -> Scored:
-            return self.ranking.score(rows, ledger, models.critic)
-
-        return Search(models.engine, sampling, self.plan, ledger.start, ledger.charge, score, terms=ledger.terms)
+        if self.charge_all:
+            score: Score = functools.partial(self.ranking.score, ledger=ledger, critic=models.critic)
+            return Search(models.engine, sampling, self.plan, ledger.start, ledger.charge, score, terms=ledger.terms)
+        turns = InTurn(ledger, self.ranking, models.critic, self.plan.keep, self.margin)
+        return Search(models.engine, sampling, self.plan, ledger.start, turns.charge, turns.score, terms=ledger.terms)
 
 
 def check_critic(critic: Critic, models: Models) -> None:

@@ -56,7 +56,12 @@ class Ledger:
 
     def charge(self, rows: Beams) -> Charged:
         """z after the block that each row has just drawn."""
-        rows, outcome = self._block_scores(rows)
+        if COST_STATE in rows.states:
+            return self.spend(*self._advance(rows))
+        return self.spend(rows, self.block_scores(rows, torch.ones(len(rows), dtype=torch.bool)))
+
+    def spend(self, rows: Beams, outcome: Outcome) -> Charged:
+        """The same from the cost model's scores of the blocks."""
         cost = block_cost(self.accounting, outcome.values, rows.spent, rows.finished)
         drawn = torch.tensor([blocks[-1] - (blocks[-2] if len(blocks) > 1 else 0) for blocks in rows.blocks])
         charged = replace(rows, budget=self.budget.spend(rows.budget, cost, drawn), spent=outcome.values)
@@ -92,15 +97,17 @@ class Ledger:
         values[asked] = outcome.values
         return replace(outcome, values=values), states
 
-    def _block_scores(self, rows: Beams) -> tuple[Beams, Outcome]:
-        everyone = range(len(rows))
-        if COST_STATE in rows.states:
-            return self._advance(rows)
+    def block_scores(self, rows: Beams, which: Tensor) -> Outcome:
+        """The cost model's scores, as the accounting asks, of the rows in `which` [B] bool; NaN elsewhere."""
+        asked = torch.nonzero(which)[:, 0].tolist()
         if self.accounting == "accumulate":
-            texts = [block_texts(self.engine, rows.token_ids[row], rows.blocks[row])[-1] for row in everyone]
+            texts = [block_texts(self.engine, rows.token_ids[row], rows.blocks[row])[-1] for row in asked]
         else:
-            texts = [self._text(rows, row) for row in everyone]
-        return rows, self.cost.outcome(self._prompts(rows, everyone), texts, rows.finished)
+            texts = [self._text(rows, row) for row in asked]
+        outcome = self.cost.outcome(self._prompts(rows, asked), texts, rows.finished[asked])
+        values = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+        values[asked] = outcome.values
+        return replace(outcome, values=values)
 
     def _advance(self, rows: Beams) -> tuple[Beams, Outcome]:
         new = [
