@@ -107,9 +107,10 @@ def rank(row: dict[str, Any], text: str, models: Models, plan: InferenceGuard) -
 @pytest.mark.parametrize("critic", [False, True])
 @pytest.mark.parametrize("limit", [-1.5, 0.0, 1.0])
 @pytest.mark.parametrize("discount", [1.0, 0.9])
-def test_the_search_is_the_papers_algorithm(critic: bool, limit: float, discount: float) -> None:
+@pytest.mark.parametrize("margin", [0.0, 100.0])  # rows charged in turn, and all at once
+def test_the_search_is_the_papers_algorithm(critic: bool, limit: float, discount: float, margin: float) -> None:
     budget = SafetyBudget(limit, discount)
-    plan = InferenceGuard(12, 4, 2, 6, retries=1, budget=budget, discourage=3.0, threshold=0.8)
+    plan = InferenceGuard(12, 4, 2, 6, retries=1, budget=budget, discourage=3.0, threshold=0.8, margin=margin)
     models = toy(critic, budget, 6)
     met = set()
     for seed in range(25):

@@ -243,6 +243,15 @@ class Critic(Protocol):
         ...
 
 
+@runtime_checkable
+class BoundsRows(Protocol):
+    """A critic that can say how good a row may be at best, before its cost is known: fewer costs are asked for then."""
+
+    def at_most(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """(p_safe [B], value [B]) that `predict` exceeds at no z >= 0; latent [B, H], tokens used / limit [B]."""
+        ...
+
+
 OUTCOMES = ("reward", "cost", "augmented")  # what a value model predicts, in the order of its columns
 
 

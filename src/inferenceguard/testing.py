@@ -398,6 +398,10 @@ class _Continuation:
             budget = budget / discount**tokens - cost / discount
         return budget
 
+    def needs(self, discount: float) -> float:
+        """The least z from which it is safe."""
+        return -self.left(0.0, discount) * discount ** sum(tokens for _, tokens in self.charges)
+
 
 def exact_p_safe(
     engine: ToyEngine,
@@ -507,6 +511,19 @@ class ToyCritic:
             found.append(_p_safe_and_value(self._following(code, tokens), left, self.discount))
         pairs = torch.tensor(found, dtype=torch.float64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
+
+    def at_most(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """1, and the largest value of what is safe at some z: more budget makes more continuations safe, in order."""
+        found = []
+        for row in latent:
+            following = self._following(*self.engine.read_latent(row))
+            ways = sorted(following, key=lambda way: way.needs(self.discount))
+            chances = itertools.accumulate(way.chance for way in ways)
+            worth = itertools.accumulate(way.chance * way.reward for way in ways)
+            means = (total / chance for total, chance in zip(worth, chances, strict=True) if chance > 0)
+            found.append(max(means, default=0.0))
+        value = torch.tensor(found, dtype=torch.float64)
+        return torch.ones_like(value), value.clamp(min=0) + 1e-9
 
     def _following(self, code: int, tokens: tuple[int, ...]) -> tuple[_Continuation, ...]:
         if code not in self._prompts:

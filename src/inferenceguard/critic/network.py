@@ -36,7 +36,9 @@ _TANH = ((0.0, 1.0), (0.0, 0.25), (0.0, 0.0625), (-2.0, 1.0), (-1.0, 0.5), (1.0,
 FEATURES = 1 + len(_TANH)  # K; the first is asinh, which neither saturates nor runs away
 _PRIOR_WIDTH = 32
 _LATENT_CLIP = 10.0  # standard deviations: an outlying dimension may not decide alone
-_Z_CLIP = 1e6  # in units of z_scale
+_Z_LEAST, _Z_MOST = -1e6, 3.0  # in units of z_scale: there all tanh are saturated, and more budget says no more
+_STEPS = 128  # from z = 0 to the most, to bound the heads by
+_ROUNDING = 1e-6  # of float32, absolute and relative
 
 
 class CriticNetwork(nn.Module):
@@ -95,23 +97,41 @@ class CriticNetwork(nn.Module):
 
         J budgets per row. The logit is divided by the temperature. All inputs finite.
         """
+        safe, value = self.coefficients(latent, progress)
+        features = self.features(budget / self.z_scale)  # [B, J, K]
+        logit = safe[:, :1] + torch.einsum("bk,bjk->bj", safe[:, 1:], features)
+        expected = value[:, :1] + torch.einsum("bk,bjk->bj", value[:, 1:], features)
+        return logit / self.temperature, expected
+
+    def at_most(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """What neither number of `forward` exceeds at any z >= 0: [B] each.
+
+        Every feature rises with z, so that each term is largest at one end of an interval of z, and so is their sum
+        bounded; the bound is the largest of `_STEPS` intervals.
+        """
+        safe, value = self.coefficients(latent, progress)
+        ends = self.features(torch.linspace(0.0, _Z_MOST, _STEPS + 1, dtype=safe.dtype, device=safe.device))  # [J, K]
+        logit, expected = (
+            (part[:, :1] + torch.maximum(part[:, None, 1:] * ends[:-1], part[:, None, 1:] * ends[1:]).sum(-1)).amax(1)
+            for part in (safe, value)
+        )
+        return logit / self.temperature, expected
+
+    def coefficients(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the two heads, the constant first: [B, 1 + K] each."""
         tau = (2 * progress - 1).unsqueeze(1)
         inputs = [tau]
         if self.latent_width:
             standard = (latent - self.latent_mean) / self.latent_std
             inputs.append(standard.clamp(-_LATENT_CLIP, _LATENT_CLIP))
         hidden = self.trunk(torch.cat(inputs, dim=1))
-        features = self.features(budget)  # [B, J, K]
-        safe: Tensor = self.prior(tau) + self.safe_head(hidden)  # [B, 1 + K]
-        value: Tensor = self.value_head(hidden)
+        safe: Tensor = self.prior(tau) + self.safe_head(hidden)
         slopes = nn.functional.softplus(safe[:, 1:]) if self.monotone else safe[:, 1:]
-        logit = safe[:, :1] + torch.einsum("bk,bjk->bj", slopes, features)
-        expected = value[:, :1] + torch.einsum("bk,bjk->bj", value[:, 1:], features)
-        return logit / self.temperature, expected
+        return torch.cat([safe[:, :1], slopes], dim=1), self.value_head(hidden)
 
-    def features(self, budget: Tensor) -> Tensor:
-        """phi_k(z), each increasing in z. budget [B, J] -> [B, J, K]."""
-        z = (budget / self.z_scale).clamp(-_Z_CLIP, _Z_CLIP)
+    def features(self, z: Tensor) -> Tensor:
+        """phi_k(z), each increasing in z, which is in units of `z_scale`. [..., J] -> [..., J, K]."""
+        z = z.clamp(_Z_LEAST, _Z_MOST)
         return torch.stack([torch.asinh(z), *(torch.tanh((z - centre) / width) for centre, width in _TANH)], dim=-1)
 
 
@@ -156,22 +176,34 @@ class SafetyCritic:
         Fails closed: p_safe is 0 where z is NaN or -inf, or where another input is no finite number.
         """
         network, home = self.network, budget.device
-        if latent.dim() != 2 or latent.shape[1] != network.latent_width:
-            raise InvalidArgument("latent", f"of shape [B, {network.latent_width}]", tuple(latent.shape))
-        device = network.z_scale.device
-        latent, budget, progress = (part.to(device, torch.float64) for part in (latent, budget, progress))
-        hopeless = torch.isnan(budget) | (budget == -torch.inf)
-        hopeless |= ~torch.isfinite(progress) | ~torch.isfinite(latent).all(dim=1)
+        finite, used = self._inputs(latent, progress)
+        known = torch.isfinite(latent).all(dim=1).to(home) & torch.isfinite(progress).to(home)
+        hopeless = torch.isnan(budget) | (budget == -torch.inf) | ~known
+        budget, hopeless = budget.to(finite), hopeless.to(finite.device)
         with torch.inference_mode():
-            logit, value = network(
-                torch.nan_to_num(latent),
-                torch.nan_to_num(budget).unsqueeze(1),
-                torch.nan_to_num(progress).clamp(0, 1),
-            )
+            logit, value = network(finite, torch.nan_to_num(budget).unsqueeze(1), used)
             p_safe = torch.sigmoid(logit[:, 0]).masked_fill(hopeless, 0.0)
             reward = network.reward_mean + network.reward_std * value[:, 0]
         # Cloned: what is made in inference mode could not enter a computation with gradients.
         return p_safe.to(home, torch.float32).clone(), reward.to(home, torch.float32).clone()
+
+    def at_most(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """(p_safe [B], value [B]) that `predict` exceeds at no z >= 0."""
+        home = progress.device
+        with torch.inference_mode():
+            logit, value = self.network.at_most(*self._inputs(latent, progress))
+            p_safe = torch.sigmoid(logit)
+            reward = self.network.reward_mean + self.network.reward_std * value
+            p_safe, reward = (part + _ROUNDING * (1 + part.abs()) for part in (p_safe, reward))
+        return p_safe.to(home).clone(), reward.to(home).clone()
+
+    def _inputs(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """As the network takes them: in float64, on its device, finite."""
+        network = self.network
+        if latent.dim() != 2 or latent.shape[1] != network.latent_width:
+            raise InvalidArgument("latent", f"of shape [B, {network.latent_width}]", tuple(latent.shape))
+        latent, progress = (part.to(network.z_scale.device, torch.float64) for part in (latent, progress))
+        return torch.nan_to_num(latent), torch.nan_to_num(progress).clamp(0, 1)
 
     def save(self, path: Path | str) -> Path:
         """Writes the safetensors file, at once or not at all. A directory gets `critic.safetensors`."""

@@ -1,4 +1,4 @@
-"""Charging in turn: where the reward decides, the cost model reads only the rows that may be kept."""
+"""Charging in turn: the cost model reads only the rows that may be kept (docs/performance.md)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,37 @@ import torch
 from torch import Tensor
 
 from inferenceguard.beams import Beams
-from inferenceguard.contracts import Critic
+from inferenceguard.contracts import BoundsRows, Critic
 from inferenceguard.scorers.safe import Outcome
 from inferenceguard.search import Charged, Scored
 from inferenceguard.strategies.ledger import COST_STATE, Ledger
-from inferenceguard.strategies.ranking import Ranking
+from inferenceguard.strategies.ranking import Ranking, predict
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """How good rows are at best. All [B]; a row that is not in turn has NaN everywhere."""
+
+    rewards: Tensor  # of rows that rank by it
+    most: Tensor  # the score within the budget: the reward, or what the critic's value is at most; NaN: never kept
+
+    @property
+    def waiting(self) -> Tensor:
+        """[B] bool: the rows that are charged in turn."""
+        return ~torch.isnan(self.most)
 
 
 @dataclass
 class InTurn:
-    """Charges rows by falling reward until K of their prompt are within the budget, where that is likely to pay.
+    """Charges rows, those that may be best first, until K of their prompt are known to be better than all others.
 
-    What is kept is what would be kept if all were charged: a row that is passed over has a smaller reward than K rows
-    within the budget. It counts as having spent everything, so that nothing can come of it.
+    What is kept is what would be kept if all were charged. A row that is passed over counts as having spent everything,
+    so that nothing can come of it. Its score is at most its reward, if it is finished or there is no critic, and else
+    what the critic's value is at most (BoundsRows).
 
-    In turn go rows that rank by their reward alone (finished ones; without a critic open ones too, but a critic's value
-    needs z), where a prompt has more than K of them and most continue rows whose z is `margin` or more. Elsewhere the
-    cost model would have to read most rows all the same, and the reward model those over the budget for nothing.
+    Rewards are asked for first only where a prompt has more than K rows and most of those continue rows whose z is
+    `margin` or more. Elsewhere the cost model would have to read most rows all the same, and the reward model those
+    over the budget for nothing.
     """
 
     ledger: Ledger
@@ -33,64 +47,92 @@ class InTurn:
     keep: int  # K
     margin: float  # cost units of z
     _rewards: Tensor | None = field(default=None, init=False)  # [B] of the rows charged last; NaN where not asked
-    _passed: Tensor | None = field(default=None, init=False)  # [B] bool: those that were passed over
+    _passed: Tensor | None = field(default=None, init=False)  # [B]: the most that those passed over may be; else NaN
 
     def charge(self, rows: Beams) -> Charged:
         """z after the block that each row has just drawn. Of rows that are passed over z is -inf and the cost inf."""
+        self._rewards = self._passed = None
         late = self._late(rows)
         if not bool(late.any()):
-            self._rewards = self._passed = None
             return self.ledger.charge(rows)
-        rewards, states = self.ledger.rewards(rows, late)
-        self._rewards = told = torch.where(late, rewards.values, torch.nan)
-        rows, waiting = replace(rows, states=states), torch.isfinite(told)  # without a reward a row is never kept
-        scores = Outcome(torch.full_like(told, torch.nan), rewards.faults)
-        charged = self.ledger.spend(rows, scores)
-        asked, turn = torch.zeros_like(late), ~late | self._next(rows, waiting, charged.beams.budget)
-        while bool(turn.any()):
+        rows, standing, faults = self._stand(rows, late)
+        scores = Outcome(torch.full((len(rows),), torch.nan, dtype=torch.float64), faults)
+        asked, turn = torch.zeros_like(late), ~late
+        while True:
+            charged = self.ledger.spend(rows, scores)
+            turn = (~late & ~asked) | self._next(charged.beams, standing, asked)
+            if not bool(turn.any()):
+                break
             scores = _merged(scores, self.ledger.block_scores(rows, turn), turn)
-            charged, asked = self.ledger.spend(rows, scores), asked | turn
-            turn = self._next(rows, waiting, charged.beams.budget, asked)
-        self._passed = waiting & ~asked
-        return replace(charged, cost=torch.where(self._passed, torch.inf, charged.cost))
+            asked |= turn
+        passed = standing.waiting & ~asked
+        self._rewards, self._passed = standing.rewards, torch.where(passed, standing.most, torch.nan)
+        return replace(charged, cost=torch.where(passed, torch.inf, charged.cost))
 
     def score(self, rows: Beams) -> Scored:
-        """How they rank, with the rewards that charging has asked for. Those passed over stand with their reward."""
+        """How they rank. Those passed over stand with what they are at most."""
         scored = self.ranking.score(rows, self.ledger, self.critic, self._rewards)
-        if self._rewards is None or self._passed is None:
+        if self._passed is None:
             return scored
-        return replace(scored, score=torch.where(self._passed, self._rewards, scored.score))
+        return replace(scored, score=torch.where(torch.isnan(self._passed), scored.score, self._passed))
 
     def _late(self, rows: Beams) -> Tensor:
         """[B] bool: charged in turn."""
         late = torch.zeros(len(rows), dtype=torch.bool)
         if self.ranking.objective != "augmented" or self.ranking.calm is not None or COST_STATE in rows.states:
             return late  # `calm` asks about all rows, and a cost model that keeps a state must read them all
-        by_reward = torch.ones_like(late) if self.critic is None else rows.finished
-        far = rows.budget >= self.margin
+        by_reward, far = self._by_reward(rows), rows.budget >= self.margin
+        bounded = isinstance(self.critic, BoundsRows)
         for prompt in set(rows.prompt_index.tolist()):
-            mine = by_reward & (rows.prompt_index == prompt)
-            count = int(mine.sum())
-            if count > self.keep and 2 * int(far[mine].sum()) > count:
-                late |= mine
+            mine = rows.prompt_index == prompt
+            mostly_far = 2 * int((far & by_reward & mine).sum()) > int((by_reward & mine).sum())
+            able = mine & ((by_reward & mostly_far) | (~by_reward & bounded))
+            if int(able.sum()) > self.keep:
+                late |= able
         return late
 
-    def _next(self, rows: Beams, waiting: Tensor, z: Tensor, asked: Tensor | None = None) -> Tensor:
-        """[B] bool: whose turn it is. Twice as many as so far, at first K; ties with the K-th best are asked too."""
-        rewards = self._rewards
-        assert rewards is not None
-        asked = torch.zeros_like(waiting) if asked is None else asked
-        turn = torch.zeros_like(waiting)
-        for prompt in set(rows.prompt_index[waiting].tolist()):
-            mine = waiting & (rows.prompt_index == prompt)
+    def _by_reward(self, rows: Beams) -> Tensor:
+        """[B] bool: rows whose score is their reward."""
+        return torch.ones_like(rows.finished) if self.critic is None else rows.finished
+
+    def _stand(self, rows: Beams, late: Tensor) -> tuple[Beams, _Standing, tuple[str, ...]]:
+        """(rows with the reward model's states, how good they are at best, faults)."""
+        ranked = late & self._by_reward(rows)
+        rewards, states = self.ledger.rewards(rows, ranked)
+        told = torch.where(ranked, rewards.values, torch.nan)
+        most = told.clone()
+        if bool((bounded := late & ~ranked).any()):
+            assert isinstance(self.critic, BoundsRows)
+            latent, used = rows.latent[bounded.to(rows.latent.device)], self.ledger.progress(rows)[bounded]
+            p_safe, value = (part.cpu().double() for part in self.critic.at_most(latent, used))
+            hopeless = p_safe <= self.ranking.threshold
+            most[bounded] = torch.where(hopeless, -self.ranking.penalty, torch.nan_to_num(value, nan=torch.inf))
+        return replace(rows, states=states), _Standing(told, most), rewards.faults
+
+    def _next(self, rows: Beams, standing: _Standing, asked: Tensor) -> Tensor:
+        """[B] bool: whose turn it is among those that may yet be kept. At first K, or 2 K if some are only known by a
+        bound; then as many again as so far: a call has its own cost.
+        """
+        turn, scores = torch.zeros_like(asked), self._scores(rows, standing)
+        for prompt in set(rows.prompt_index[standing.waiting].tolist()):
+            mine = standing.waiting & (rows.prompt_index == prompt)
             left = torch.nonzero(mine & ~asked)[:, 0]
-            safe = rewards[mine & asked & self.ledger.budget.is_safe(z)].sort(descending=True).values
-            if len(safe) >= self.keep:
-                turn[left[rewards[left] >= safe[self.keep - 1]]] = True
-            else:
-                count = max(self.keep, int((mine & asked).sum()))
-                turn[left[rewards[left].argsort(descending=True, stable=True)[:count]]] = True
+            found = scores[mine & ~torch.isnan(scores)].sort(descending=True).values
+            if len(found) >= self.keep:
+                left = left[standing.most[left] >= found[self.keep - 1]]  # a tie is for what is left of the budget
+            exact = bool((torch.isfinite(standing.rewards) | ~mine).all())
+            count = max(self.keep if exact else 2 * self.keep, int((mine & asked).sum()))
+            turn[left[standing.most[left].argsort(descending=True, stable=True)[:count]]] = True
         return turn
+
+    def _scores(self, rows: Beams, standing: _Standing) -> Tensor:
+        """[B] of the rows in turn that are feasible; else NaN."""
+        safe = standing.waiting & self.ledger.budget.is_safe(rows.budget)
+        scores = torch.where(safe, standing.rewards, torch.nan)
+        if self.critic is not None and bool((valued := safe & ~rows.finished).any()):
+            p_safe, value, _ = predict(self.critic, rows, valued, self.ledger)  # a fault is told when they are scored
+            scores[valued] = torch.where(p_safe > self.ranking.threshold, value, torch.nan)
+        return scores
 
 
 def _merged(before: Outcome, new: Outcome, which: Tensor) -> Outcome:
