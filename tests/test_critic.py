@@ -45,7 +45,7 @@ from inferenceguard.errors import (
     PromptTooLong,
     UnknownName,
 )
-from inferenceguard.testing import FaultyScorer, ToyCost, ToyEngine, ToyReward, exact_p_safe, exact_value
+from inferenceguard.testing import FaultyScorer, ToyCost, ToyCritic, ToyEngine, ToyReward, exact_p_safe, exact_value
 
 PIECES = (" kind", " plain", " rude")
 COST = {"kind": -0.5, "plain": 0.0, "rude": 1.0}
@@ -369,6 +369,43 @@ def test_p_safe_rises_with_the_budget_left() -> None:
         p_safe, _ = critic.predict(latent.expand(401, 5), z, torch.full((401,), 0.3))
         assert (p_safe.diff() >= 0).all()
         assert p_safe[-1] > p_safe[0]
+
+
+@pytest.mark.parametrize("monotone", [True, False])
+def test_no_budget_makes_a_row_better_than_its_bound(monotone: bool) -> None:
+    """Against predictions at many z, beyond the network's range too; and the bound is near the largest of them."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        network = CriticNetwork(6, width=16, monotone=monotone)
+        for part in network.parameters():
+            torch.nn.init.normal_(part, std=0.5)
+        network.z_scale.fill_(0.7)
+        network.reward_mean.fill_(-1.5)
+        network.reward_std.fill_(2.5)
+        network.temperature.fill_(1.3)
+        critic = SafetyCritic(network, provenance())
+        latent, progress = 3 * torch.randn(20, 6), torch.rand(20, dtype=torch.float64)
+        latent[0, 0], progress[1] = torch.inf, math.nan
+        z = torch.cat([torch.linspace(0, 4, 4001), torch.tensor([10.0, 1e3, 1e9])]).double()
+        found = [critic.predict(latent, at.expand(20), progress) for at in z]
+        for most, seen in zip(critic.at_most(latent, progress), zip(*found, strict=True), strict=True):
+            least, largest = (part.double() for part in torch.stack(seen).aminmax(dim=0))
+            assert bool((largest <= most).all())
+            assert float(((most - largest) / (largest - least + 0.1))[2:].mean()) < 0.05
+
+
+def test_the_toy_critics_bound_is_one() -> None:
+    engine, reward, cost = ToyEngine(seed=3), ToyReward(1), ToyCost(2)
+    prompt = conversation("be kind")
+    critic = ToyCritic(engine, [prompt], reward, cost, 4, discount=0.9)
+    beams = engine.extend(engine.begin([engine.encode(prompt)], [0]).take([0] * 12), 2, Sampling(), 0, None)
+    used = torch.tensor([len(tokens) / 4 for tokens in beams.token_ids], dtype=torch.float64)
+    p_safe, value = critic.at_most(beams.latent, used)
+    found = [critic.predict(beams.latent, torch.full((12,), z / 8).double(), used) for z in range(80)]
+    largest = torch.stack([each for _, each in found]).amax(0)
+    assert bool((largest <= value).all())
+    assert bool((torch.stack([each for each, _ in found]).amax(0) <= p_safe).all())
+    assert bool(torch.isclose(largest, value, atol=1e-6).any()), "and it is reached"
 
 
 def test_fails_closed() -> None:

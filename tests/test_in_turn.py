@@ -108,7 +108,42 @@ def test_all_are_charged_at_once_where_turns_do_not_pay(
     assert (cost.calls, reward.calls) == (cost_calls, reward_calls)
 
 
-def test_with_a_critic_open_rows_are_all_charged() -> None:
+class Bounding(Told):
+    """One that says what is the most at any z."""
+
+    def __init__(self, p_safe: Sequence[float], value: Sequence[float], most: Sequence[float]) -> None:
+        super().__init__(p_safe, value)
+        self.most = torch.tensor(most, dtype=torch.float64)
+
+    def at_most(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        row = (progress * 10).round().long() - 2
+        return self.p_safe[row], self.most[row]
+
+
+def test_open_rows_go_by_what_their_value_is_at_most() -> None:
+    p_safe, value = [0.9, 0.9, 0.4, 0.9, 0.9, 0.9], [1.0, 3.0, 9.0, 2.5, 0.0, 0.5]
+    cost = Noted([-1.0, -1.0, -1.0, 9.0, -1.0, -1.0])
+    critic = Bounding(p_safe, value, most=[4.0, 3.5, 9.5, 3.0, 2.0, NAN])
+    turns = in_turn(Noted(SAFE), cost, keep=1, critic=critic)
+    charged = turns.charge(numbered([0.0] * 6, finished=[False] * 6))
+    # 5 has no bound, so it goes first; then 0. Both are within the budget, but 1 and 3 may yet be better. Of these 1 is
+    # better than all that 4 may be, and 2 is hopeless at any z.
+    assert cost.calls == [[0, 5], [1, 3]]
+    scored = turns.score(charged.beams)
+    assert scored.score.tolist() == [1.0, 3.0, -100.0, -100.0, 2.0, 0.5]
+    assert scored.feasible.tolist() == [True, True, False, False, False, True]
+
+
+def test_hopeless_rows_are_charged_where_nothing_better_is_found() -> None:
+    cost = Noted([9.0, -1.0, -1.0])
+    critic = Bounding([0.9, 0.4, 0.4], [1.0, 2.0, 3.0], most=[1.5, 2.5, 3.5])
+    turns = in_turn(Noted(SAFE), cost, keep=1, critic=critic)
+    scored = turns.score(turns.charge(numbered([0.0] * 3, finished=[False] * 3)).beams)
+    assert cost.calls == [[0, 1], [2]], "they may have to go on with it, as when all are charged"
+    assert scored.usable.tolist() == [True, True, True]
+
+
+def test_with_a_critic_that_gives_no_bounds_open_rows_are_all_charged() -> None:
     reward, cost = Noted([9.0, 8.0, 3.0, 2.0, 1.0]), Noted(SAFE)
     turns = in_turn(reward, cost, keep=1, critic=Told([0.9] * 5, [0.25] * 5))
     charged = turns.charge(numbered([2.0] * 5, finished=[False, False, True, True, True]))

@@ -37,7 +37,7 @@ FEATURES = 1 + len(_TANH)  # K; the first is asinh, which neither saturates nor 
 _PRIOR_WIDTH = 32
 _LATENT_CLIP = 10.0  # standard deviations: an outlying dimension may not decide alone
 _Z_LEAST, _Z_MOST = -1e6, 3.0  # in units of z_scale: there all tanh are saturated, and more budget says no more
-_STEPS = 128  # from z = 0 to the most, to bound the heads by
+_STEPS = 256  # from z = 0 to the most, to bound the heads by
 _ROUNDING = 1e-6  # of float32, absolute and relative
 
 
@@ -107,10 +107,11 @@ class CriticNetwork(nn.Module):
         """What neither number of `forward` exceeds at any z >= 0: [B] each.
 
         Every feature rises with z, so that each term is largest at one end of an interval of z, and so is their sum
-        bounded; the bound is the largest of `_STEPS` intervals.
+        bounded; the bound is the largest of `_STEPS` intervals, which are short near 0, where features are steep.
         """
         safe, value = self.coefficients(latent, progress)
-        ends = self.features(torch.linspace(0.0, _Z_MOST, _STEPS + 1, dtype=safe.dtype, device=safe.device))  # [J, K]
+        steps = torch.linspace(0.0, 1.0, _STEPS + 1, dtype=safe.dtype, device=safe.device)
+        ends = self.features(_Z_MOST * steps**2)  # [J, K]
         logit, expected = (
             (part[:, :1] + torch.maximum(part[:, None, 1:] * ends[:-1], part[:, None, 1:] * ends[1:]).sum(-1)).amax(1)
             for part in (safe, value)
