@@ -121,6 +121,8 @@ def test_nothing_drawn_costs_nothing():
     assert budget.spend(row(2.0), row(0.0), torch.tensor([0])).tolist() == [2.0]
     with pytest.raises(InvalidArgument, match="tokens must be >= 1 where a cost is charged"):
         budget.spend(row(2.0), row(0.25), torch.tensor([0]))
+    for unknown in (math.nan, math.inf):  # a fault of a scorer, not of the caller
+        assert budget.spend(row(2.0), row(unknown), torch.tensor([0])).tolist() == [-math.inf]
     with pytest.raises(InvalidArgument, match="tokens must be >= 1"):
         budget.spend(row(2.0), row(0.25), torch.tensor([-1]))
 

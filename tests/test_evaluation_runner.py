@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inferenceguard.budget import SafetyBudget
 from inferenceguard.config import read_method
-from inferenceguard.contracts import Sampling, ScorerLimits, conversation, render_conversation
+from inferenceguard.contracts import BoundsRows, Sampling, ScorerLimits, conversation, render_conversation
+from inferenceguard.critic import CriticNetwork, Provenance, SafetyCritic
 from inferenceguard.engines.transformers import TransformersEngine
 from inferenceguard.errors import InvalidArgument, MissingCapability
-from inferenceguard.evaluation.flops import Meter, Size, transformer_size
+from inferenceguard.evaluation.flops import Meter, Size, transformer_size, weights
 from inferenceguard.evaluation.merge import merge
 from inferenceguard.evaluation.metrics import summarise
 from inferenceguard.evaluation.prompts import EvaluationPrompt
@@ -555,6 +556,17 @@ def test_gradient_steps_count_forward_and_back():
         value.outcomes(torch.zeros(4, 10))
         value.outcomes(torch.zeros(4, 10, requires_grad=True))
     assert count.of(0) == 2 * (10 * 20 + 20 * 3) * 4 * 3
+
+
+def test_a_critics_predictions_and_bounds_are_counted():
+    provenance = Provenance("e", "e", "c", "c", "r", "r", "increment", 1.0, (0.0,), (0.0, 1.0), 8, 1.0, 1.0, 0, 1)
+    meter, critic = Meter(), SafetyCritic(CriticNetwork(5, width=16), provenance)
+    counted = meter.critic(critic)
+    assert isinstance(counted, BoundsRows)
+    with meter.batch([conversation("hi")]) as count:
+        counted.predict(torch.zeros(4, 5), torch.zeros(4), torch.zeros(4))
+        counted.at_most(torch.zeros(3, 5), torch.zeros(3))
+    assert count.shared == 7 * 2.0 * weights(critic.network)
 
 
 def test_an_engine_without_weights_has_no_flops(tmp_path):

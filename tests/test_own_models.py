@@ -127,7 +127,7 @@ class AsciiEngine(TransformersEngine):
 
 
 SEARCHES: dict[str, Any] = {
-    "increment": plan("increment", 0.3),
+    "increment": replace(plan("increment", 0.3), charge_all=True),  # to compare every cost
     "final": plan("final", 0.3),
     "narrow first": replace(plan("increment", 0.3), widths=(1, 4), margin=0.5),
     "beam": BeamSearch(8, 2, 5, 20, "lagrangian"),

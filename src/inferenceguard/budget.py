@@ -47,7 +47,7 @@ class SafetyBudget:
         """
         cost = cost.to(torch.float64)
         tokens = tokens.to(torch.float64)
-        if bool(((tokens < 0) | ((tokens == 0) & (cost != 0))).any()):
+        if bool(((tokens < 0) | ((tokens == 0) & torch.isfinite(cost) & (cost != 0))).any()):
             raise InvalidArgument("tokens", ">= 1 where a cost is charged", tokens.tolist())
         spent = budget.to(torch.float64) / self.discount**tokens - cost / self.discount
         return torch.where(torch.isfinite(cost) & torch.isfinite(spent), spent, -math.inf)

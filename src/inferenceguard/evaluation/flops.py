@@ -7,7 +7,7 @@ A: width of the attention (heads x head width); c: tokens that the token attends
 
     LLM        the prompt once, and every token that is drawn or appended; its head once per token that is chosen
     scorers    every token of every text they read (padding left out; equal texts of one call are read once)
-    critic     one row per prediction
+    critic     one row per prediction, and per bound
     RE-Control 2 P forward and 2 P back to the hidden state per row and gradient step of the value model
 
 Counting changes nothing of what the models compute. Models without weights count 0; an engine whose weights cannot be
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inferenceguard.beams import Beams
-from inferenceguard.contracts import Conversation, Critic, Engine, Scorer, ValueModel
+from inferenceguard.contracts import BoundsRows, Conversation, Critic, Engine, Scorer, ValueModel
 from inferenceguard.product import FusedPass
 
 PACKAGE = "inferenceguard."
@@ -156,7 +156,10 @@ class Meter:
     def critic(self, critic: Critic) -> Critic:
         """The same critic; its rows are counted."""
         flops = 2.0 * sum(weights(module) for module in _modules(critic))
-        return _with(critic, {"predict": self._predictions(critic.predict, flops)})
+        methods = {"predict": self._predictions(critic.predict, flops)}
+        if isinstance(critic, BoundsRows):
+            methods["at_most"] = self._predictions(critic.at_most, flops)
+        return _with(critic, methods)
 
     def value(self, value: ValueModel) -> ValueModel:
         """The same value model; its rows are counted, and twice where a gradient is taken."""
