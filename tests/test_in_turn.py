@@ -134,6 +134,21 @@ def test_open_rows_go_by_what_their_value_is_at_most() -> None:
     assert scored.feasible.tolist() == [True, True, False, False, False, True]
 
 
+@pytest.mark.parametrize("answer", [None, (torch.ones(2), torch.ones(2)), (torch.full((3,), torch.nan),) * 2])
+def test_a_critic_that_fails_to_bound_has_all_rows_charged(answer: tuple[Tensor, Tensor] | None) -> None:
+    class Broken(Told):
+        def at_most(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+            if answer is None:
+                raise RuntimeError("this critic fails on purpose")
+            return answer
+
+    cost = Noted(SAFE)
+    turns = in_turn(Noted(SAFE), cost, keep=1, critic=Broken([0.9] * 3, [1.0, 2.0, 3.0]))
+    scored = turns.score(turns.charge(numbered([0.0] * 3, finished=[False] * 3)).beams)
+    assert sorted(row for call in cost.calls for row in call) == [0, 1, 2]
+    assert scored.score.tolist() == [1.0, 2.0, 3.0]
+
+
 def test_hopeless_rows_are_charged_where_nothing_better_is_found() -> None:
     cost = Noted([9.0, -1.0, -1.0])
     critic = Bounding([0.9, 0.4, 0.4], [1.0, 2.0, 3.0], most=[1.5, 2.5, 3.5])

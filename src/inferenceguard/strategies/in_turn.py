@@ -101,13 +101,20 @@ class InTurn:
         rewards, states = self.ledger.rewards(rows, ranked)
         told = torch.where(ranked, rewards.values, torch.nan)
         most = told.clone()
-        if bool((bounded := late & ~ranked).any()):
-            assert isinstance(self.critic, BoundsRows)
-            latent, used = rows.latent[bounded.to(rows.latent.device)], self.ledger.progress(rows)[bounded]
-            p_safe, value = (part.cpu().double() for part in self.critic.at_most(latent, used))
-            hopeless = p_safe <= self.ranking.threshold
-            most[bounded] = torch.where(hopeless, -self.ranking.penalty, torch.nan_to_num(value, nan=torch.inf))
+        if bool((open_rows := late & ~ranked).any()):
+            most[open_rows] = self._bounds(rows, open_rows)
         return replace(rows, states=states), _Standing(told, most), rewards.faults
+
+    def _bounds(self, rows: Beams, which: Tensor) -> Tensor:
+        """The score of the rows in `which` at most; inf, so that all are charged, where the critic cannot say it."""
+        latent, used = rows.latent[which.to(rows.latent.device)], self.ledger.progress(rows)[which]
+        try:
+            assert isinstance(self.critic, BoundsRows)
+            p_safe, value = (part.cpu().double().reshape(used.shape) for part in self.critic.at_most(latent, used))
+        except Exception:  # third-party code; whether a row is trusted is for `predict` to say
+            return torch.full_like(used, torch.inf)
+        value = torch.nan_to_num(value, nan=torch.inf, posinf=torch.inf)
+        return torch.where(p_safe <= self.ranking.threshold, -self.ranking.penalty, value)
 
     def _next(self, rows: Beams, standing: _Standing, asked: Tensor) -> Tensor:
         """[B] bool: whose turn it is among those that may yet be kept. At first K, or 2 K if some are only known by a
