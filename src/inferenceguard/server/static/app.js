@@ -147,6 +147,9 @@ function draw(released) {
   if (state.blocks.length) chart(released);
 }
 
+// Others were better whatever its cost, so that the cost model was not asked.
+function passedOver(block, row) { return block.fate[row] === "outranked" && block.cost[row] === null; }
+
 function table(block, index) {
   const details = make("details");
   details.open = index === state.blocks.length - 1;
@@ -163,10 +166,10 @@ function table(block, index) {
   const body = make("tbody");
   block.fate.forEach((fate, row) => {
     const line = make("tr");
-    const z = block.budget[row] === null ? "–∞" : number(block.budget[row]);
+    const z = passedOver(block, row) ? "–" : block.budget[row] === null ? "–∞" : number(block.budget[row]);
     const score = block.score[row] === null || block.score[row] <= -1e5 ? "–" : number(block.score[row]);
     const cells = [row + 1, block.attempt[row] + 1, block.tokens[row], number(block.cost[row]), z, number(block.p_safe[row]), score];
-    line.append(...cells.map((text) => make("td", String(text))), make("td", fate, FATES[fate]));
+    line.append(...cells.map((text) => make("td", String(text))), make("td", passedOver(block, row) ? "outranked, not charged" : fate, FATES[fate]));
     body.append(line);
   });
   const top = make("thead");
@@ -189,7 +192,9 @@ function svg(name, fields, text) {
 }
 
 function chart(released) {
-  const points = state.blocks.flatMap((block) => block.fate.map((fate, row) => ({ fate, x: block.tokens[row], z: block.budget[row] })));
+  const proposals = state.blocks.flatMap((block) => block.fate.map((fate, row) => (
+    { fate, x: block.tokens[row], z: block.budget[row], charged: !passedOver(block, row) })));
+  const points = proposals.filter((point) => point.charged);
   const finite = points.filter((point) => point.z !== null);
   const limit = Number($("budget").value);
   const most = Math.max(1, ...points.map((point) => point.x));
@@ -211,7 +216,7 @@ function chart(released) {
     marks.push(svg("polyline", { class: "path", points: path.map(([t, z]) => `${x(t)},${y(z)}`).join(" ") }));
   }
   const kept = points.filter((point) => point.fate === "kept").length;
-  const title = svg("title", { id: "chart-text" }, `${points.length} proposals in ${state.blocks.length} blocks, ${kept} kept; z from ${bottom.toFixed(1)} to ${top.toFixed(1)}. The tables below have all numbers.`);
+  const title = svg("title", { id: "chart-text" }, `${proposals.length} proposals in ${state.blocks.length} blocks, ${points.length} charged, ${kept} kept; z from ${bottom.toFixed(1)} to ${top.toFixed(1)}. The tables below have all numbers.`);
   $("chart").replaceChildren(title, ...marks);
 }
 
