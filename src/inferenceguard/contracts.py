@@ -308,7 +308,7 @@ class BlockTrace:
     tokens: tuple[int, ...]  # response tokens of each proposal so far
     cost: tuple[float | None, ...]  # the block's charge; None where the scorer failed, or was not asked (outranked)
     budget: tuple[float | None, ...]  # z after it; None where everything is spent (-inf)
-    score: tuple[float | None, ...]  # what `keep` ranked by
+    score: tuple[float | None, ...]  # what `keep` ranked by; at most that, of a proposal that was not charged
     p_safe: tuple[float | None, ...]  # the critic's, where it was asked
     fate: tuple[str, ...]  # kept | over budget | critic | scorer fault | outranked
     faults: tuple[str, ...] = ()  # what the scorers said

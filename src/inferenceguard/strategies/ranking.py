@@ -47,10 +47,10 @@ class Ranking:
         """The objective, checked."""
         return named_objective(self.objective, multiplier=self.multiplier, penalty=self.penalty)
 
-    def score(self, rows: Beams, ledger: Ledger, critic: Critic | None = None, known: Tensor | None = None) -> Scored:
+    def score(self, rows: Beams, ledger: Ledger, critic: Critic | None = None, told: Tensor | None = None) -> Scored:
         """Asks the critic and the reward model for what the objective needs, and no more.
 
-        `known` [B] float64 are rewards that need not be asked for again, NaN elsewhere.
+        `told` [B] float64 are rewards that need not be asked for again, NaN elsewhere.
         """
         charged = torch.isfinite(rows.budget)
         eligible = ledger.budget.is_safe(rows.budget) & charged if self.objective == "augmented" else charged
@@ -66,7 +66,7 @@ class Ranking:
             believed = p_safe > self.threshold if self.objective == "augmented" else torch.isfinite(p_safe)
             trusted = eligible & (rows.finished | believed)
         if self.objective != "cost":
-            told = torch.full_like(value, torch.nan) if known is None else known
+            told = torch.full_like(value, torch.nan) if told is None else told
             rewards, states = ledger.rewards(rows, asked & torch.isnan(told))
             found = torch.where(torch.isnan(told), rewards.values, told)
             value, faults = torch.where(asked, found, value), faults + rewards.faults
