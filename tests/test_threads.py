@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from inferenceguard.threads import side_by_side
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_jobs_run_at_once_each_on_one_core() -> None:
@@ -44,3 +51,25 @@ def test_the_first_error_is_raised_and_the_other_jobs_end() -> None:
     with pytest.raises(ValueError, match="this one"):
         side_by_side([lambda: done.append(1), fails, lambda: done.append(2)])
     assert sorted(done) == [1, 2]
+
+
+def spins(imports: str, **own: str) -> str:
+    """What OpenMP itself says of GOMP_SPINCOUNT when torch loads it in a fresh process."""
+    clean = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import {imports}"], env={**clean, **own, "OMP_DISPLAY_ENV": "verbose"},
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = re.search(r"GOMP_SPINCOUNT = '(\w+)'", ended.stderr)
+    return told[1] if told else pytest.skip("torch has another OpenMP here")
+
+
+@pytest.mark.parametrize("imports", ["inferenceguard, torch", "inferenceguard.cli, torch", "benchmarks.bench"])
+def test_openmp_threads_watch_for_work_for_a_tenth_of_a_millisecond(imports: str) -> None:
+    assert spins(imports) == "10000"
+
+
+def test_the_environment_says_how_long_openmp_threads_watch() -> None:
+    assert spins("inferenceguard, torch", GOMP_SPINCOUNT="77") == "77"
+    default, active = spins("torch", OMP_WAIT_POLICY="active"), spins("inferenceguard, torch", OMP_WAIT_POLICY="active")
+    assert default == active != "10000"

@@ -6,6 +6,7 @@ Almost surely, and with respect to the given cost model. Based on arXiv 2502.012
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ __all__ = [
     "ScorerLimits",
     "StreamEvent",
 ]
+
+
+# A thread of GNU's OpenMP, which torch has on Linux, watches for more work before it sleeps: by default for 3 to 5 ms,
+# in which a scorer's thread waits for its core. Here for 0.1 ms (docs/performance.md), which torch reads at its import.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def __getattr__(name: str) -> Any:

@@ -106,14 +106,15 @@ class CriticNetwork(nn.Module):
     def at_most(self, latent: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
         """What neither number of `forward` exceeds at any z >= 0: [B] each.
 
-        Every feature rises with z, so that each term is largest at one end of an interval of z, and so is their sum
-        bounded; the bound is the largest of `_STEPS` intervals, which are short near 0, where features are steep.
+        Every feature rises with z, so that each term is largest at one end of an interval of z: at the upper one where
+        its coefficient is positive. The sum of these bounds the sum; the bound is the largest of `_STEPS` intervals,
+        which are short near 0, where features are steep.
         """
         safe, value = self.coefficients(latent, progress)
         steps = torch.linspace(0.0, 1.0, _STEPS + 1, dtype=safe.dtype, device=safe.device)
-        ends = self.features(_Z_MOST * steps**2)  # [J, K]
+        ends = self.features(_Z_MOST * steps**2).T  # [K, J + 1]
         logit, expected = (
-            (part[:, :1] + torch.maximum(part[:, None, 1:] * ends[:-1], part[:, None, 1:] * ends[1:]).sum(-1)).amax(1)
+            (part[:, :1] + part[:, 1:].clamp(min=0) @ ends[:, 1:] + part[:, 1:].clamp(max=0) @ ends[:, :-1]).amax(1)
             for part in (safe, value)
         )
         return logit / self.temperature, expected
