@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.entries import ENTRIES, Entry, Lab
-from benchmarks.gpu import GPU_ENTRIES, Rig, require_gpu
-from benchmarks.measure import Skipped, read_rows, unmeasured, updated, write_rows
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from benchmarks.entries import ENTRIES, Entry, Lab
+from benchmarks.gpu import GPU_ENTRIES, Rig, require_gpu
+from benchmarks.measure import Skipped, read_rows, unmeasured, updated, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE, QUICK_FILE = ROOT / "bench.json", ROOT / "runs" / "bench-quick.json"

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.measure import Bar, Ratio, Rounds, Row, Tick, in_turn, judged, machine
 from benchmarks.naive import Generates, NaiveGuard
 from benchmarks.prompts import HARMLESS, MANY, PROMPT, harmful
 from benchmarks.rivals import Vllm, llama_cpp
 from benchmarks.shapes import EMBEDDED, TOY, plain_twin, random_critic, random_scorer
-from torch import Tensor
-
 from inferenceguard.beams import Beams
 from inferenceguard.budget import SafetyBudget
 from inferenceguard.contracts import Conversation, GuardedResponse, Sampling, Scorer, ScorerLimits, conversation

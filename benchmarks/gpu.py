@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
+
 from benchmarks.entries import NEVER, SAMPLING, Entry, draw, generate_settings, without_end
 from benchmarks.measure import Bar, Rounds, Row, Skipped, Tick, in_turn, judged, machine
 from benchmarks.naive import Generates, NaiveGuard
 from benchmarks.prompts import PROMPT
 from benchmarks.shapes import SEVEN_B, Shape, plain_twin, random_critic, random_llm, random_scorer
-from transformers import AutoTokenizer
-
 from inferenceguard import embedded
 from inferenceguard.budget import SafetyBudget
 from inferenceguard.contracts import ScorerLimits, conversation

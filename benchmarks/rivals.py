@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from benchmarks.measure import Skipped
 
+from benchmarks.measure import Skipped
 from inferenceguard.contracts import Sampling
 from inferenceguard.embedded import find_gguf
 
