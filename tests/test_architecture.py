@@ -22,6 +22,7 @@ LAYERS = (
         "checkpoints",
         "chat",
         "kv",
+        "four_bits",
         "llama",
         "memory",
         "product",
