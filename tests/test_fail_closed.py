@@ -301,7 +301,7 @@ def test_a_scorer_that_distinguishes_prefixes_is_told_which_are_finished() -> No
     assert FailClosed(Scripted(lengths)).outcome([PROMPT], ["abc"], [False]).values.tolist() == [3.0]
 
 
-def test_a_wall_that_remembers_asks_once_for_a_whole_text_and_again_for_all_else() -> None:
+def test_a_wall_that_remembers_asks_once_for_a_text_and_only_for_the_others_of_a_call() -> None:
     asked: list[list[str]] = []
 
     def counted(responses: Sequence[str]) -> Tensor:
@@ -311,16 +311,37 @@ def test_a_wall_that_remembers_asks_once_for_a_whole_text_and_again_for_all_else
     wall = FailClosed(Scripted(*[counted] * 9), remembers=3)
     other = conversation("another")
     assert wall.outcome([PROMPT, PROMPT], ["a", "bb"], [True, False]).values.tolist() == [1, 2]
-    assert wall.outcome([PROMPT], ["a"]).values.tolist() == [1]
-    assert asked == [["a", "bb"]], "a whole text is known"
-    wall.outcome([PROMPT], ["a"], [False])
-    wall.outcome([other], ["a"])
-    wall.outcome([PROMPT], ["bb"])
-    assert asked[1:] == [["a"], ["a"], ["bb"]], "a part is not, nor an answer to another prompt, nor what was a part"
-    wall.outcome([PROMPT, PROMPT], ["a", "new"])
-    assert asked[4:] == [["a", "new"]]
-    wall.outcome([PROMPT, other], ["new", "a"])
-    assert asked[5:] == [["new", "a"]], "only so many are kept"
+    assert wall.outcome([PROMPT] * 3, ["a", "ccc", "bb"]).values.tolist() == [1, 3, 2]
+    assert asked == [["a", "bb"], ["ccc"]]
+    assert wall.outcome([other, PROMPT], ["a", "ccc"], [False, True]).values.tolist() == [1, 3]
+    assert asked[2:] == [["a"]], "another prompt's"
+    wall.outcome([PROMPT] * 3, ["a", "bb", "new"])
+    assert asked[3:] == [["a", "new"]], "only so many are kept, and the oldest go"
+
+
+def test_a_wall_that_remembers_tells_a_part_from_a_whole_where_its_scorer_does() -> None:
+    asked: list[list[tuple[str, bool]]] = []
+
+    class Ends(Scripted):
+        def score_partial(self, prompts: Any, responses: Any, finished: Sequence[bool]) -> Tensor:
+            asked.append(list(zip(responses, finished, strict=True)))
+            return torch.tensor([float(end) for end in finished])
+
+    wall = FailClosed(Ends(), remembers=9)
+    assert wall.outcome([PROMPT] * 2, ["a", "b"], [True, False]).values.tolist() == [1, 0]
+    assert wall.outcome([PROMPT] * 3, ["a", "a", "b"], [False, True, True]).values.tolist() == [0, 1, 1]
+    assert asked[1:] == [[("a", False), ("b", True)]]
+    assert wall.outcome([PROMPT] * 3, ["a", "a", "b"], [False, True, False]).values.tolist() == [0, 1, 0]
+    assert len(asked) == 2
+
+
+def test_a_fault_names_rows_of_the_call_though_others_were_known() -> None:
+    wall = FailClosed(Scripted(lengths, returns([1.0, math.nan])), ScorerLimits(rows=2), remembers=9)
+    wall.outcome([PROMPT], ["a"])
+    outcome = wall.outcome([PROMPT] * 3, ["b", "a", "c"])
+    assert outcome.values[:2].tolist() == [1, 1]
+    assert math.isnan(outcome.values[2])
+    assert "rows 2 (nan)" in outcome.faults[0]
 
 
 def test_a_wall_does_not_remember_faults_and_by_default_nothing() -> None:

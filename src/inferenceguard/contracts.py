@@ -273,7 +273,10 @@ class ValueModel(Protocol):
 
 @dataclass(frozen=True)
 class Models:
-    """What a strategy searches with. `critic` is None where the strategy goes without; `value` is RE-Control's."""
+    """What a strategy searches with. `critic` is None where the strategy goes without; `value` is RE-Control's.
+
+    `gate_cost` is the cost model as the gate runs it, where that is another: it charges a prompt's only row.
+    """
 
     engine: Engine
     reward: Scorer
@@ -281,6 +284,7 @@ class Models:
     critic: Critic | None = None
     limits: ScorerLimits = field(default_factory=lambda: ScorerLimits())
     value: ValueModel | None = None
+    gate_cost: Scorer | None = None
 
 
 @dataclass(frozen=True)

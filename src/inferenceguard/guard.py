@@ -50,7 +50,8 @@ FALLBACKS = (
     "Sorry, no.",
 )
 NOTHING = "nothing was released"
-_REMEMBERED = 1024  # rewards: that of what is released was known to the search
+# Scores: the search knew the reward of what is released, and where it had one row, the gate's scores of it.
+_REMEMBERED = 1024
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ class Guard:
             raise InvalidArgument("fallbacks", "one text or more, none empty", fallbacks)
         self.reward = FailClosed(reward, limits, remembers=_REMEMBERED)
         self.cost = FailClosed(cost, limits)
-        self.models = Models(engine, self.reward, self.cost, critic, limits, value)
+        gate_scorer = None if gate_cost is None else FailClosed(gate_cost, limits, remembers=_REMEMBERED)
+        self.models = Models(engine, self.reward, self.cost, critic, limits, value, gate_scorer)
         self.strategy: Strategy = InferenceGuard() if strategy is None else strategy
         self.sampling = sampling or Sampling()
         self.fallbacks = tuple(fallbacks)
         self.batch_rows = batch_rows
-        gate_scorer = self.cost if gate_cost is None else FailClosed(gate_cost, limits)
-        self.gate = Gate(gate_scorer, self.strategy.budget, self.strategy.accounting)
+        self.gate = Gate(gate_scorer or self.cost, self.strategy.budget, self.strategy.accounting)
         if critic is not None:
             check_critic(critic, self.models)
             trained = getattr(getattr(critic, "provenance", None), "cost_fingerprint", cost.fingerprint)

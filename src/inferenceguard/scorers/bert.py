@@ -7,6 +7,9 @@ one product, and GELU and residual sums made within theirs; or with products of 
 
 from __future__ import annotations
 
+import functools
+import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +21,7 @@ from transformers import BertModel
 
 from inferenceguard.product import FusedPass, Product
 from inferenceguard.scorers.int8 import ByteFeedForward, ByteProduct, Range, ranges
+from inferenceguard.threads import side_by_side
 
 # Tokens of a batch are filled up to a multiple of this for the products: oneDNN prepares a kernel for each new number
 # of rows, which takes as long as a short text's products (docs/performance.md).
@@ -57,9 +61,37 @@ class FusedBert(FusedPass):
         for layer in self.layers:
             heads = layer.qkv(rows)[:tokens].view(*shape[:2], 3, self.heads, -1)
             self._attend(heads, seen, places)
-            rows = layer.after(layer.feed_forward(layer.between(layer.out.plus(gathered, rows))))
+            rows = layer.rest(gathered, rows)
         last: Tensor = rows[:tokens].view(shape)
         return last
+
+    def in_halves(self, ids: Tensor, types: Tensor) -> Tensor:
+        """The same of one text [1, L], half of its tokens on a core each: only attention needs those of the other."""
+        self.tell(input_ids=ids, attention_mask=torch.ones_like(ids))
+        hidden = self.embeddings(input_ids=ids, token_type_ids=types).to(self.dtype)
+        tokens = ids.numel()
+        halves = list(pad(hidden[0], (0, 0, 0, -tokens % _TOKENS)).chunk(2))
+        size, both = len(halves[0]), threading.Barrier(2)
+        # One layer's are written while another's may still be read.
+        heads = [hidden.new_empty(2 * size, 3, self.heads, hidden.shape[-1] // self.heads) for _ in range(2)]
+
+        @torch.inference_mode()
+        def read(half: int) -> None:
+            own, rows = slice(half * size, (half + 1) * size), halves[half]
+            try:
+                for layer, held in zip(self.layers, itertools.cycle(heads)):
+                    held[own] = layer.qkv(rows).view(size, 3, self.heads, -1)
+                    both.wait()
+                    query, (key, value) = held[own, 0], held[:tokens, 1:].unbind(1)
+                    seen = scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in (query, key, value)))
+                    rows = layer.rest(seen[0].transpose(0, 1).reshape(size, -1), rows)
+                halves[half] = rows
+            except BaseException:
+                both.abort()  # or the other would wait for ever
+                raise
+
+        side_by_side([functools.partial(read, half) for half in range(2)])
+        return torch.cat(halves)[:tokens][None]
 
     def _attend(self, heads: Tensor, seen: Tensor, places: Tensor) -> None:
         """[B, L, 3, heads, D] -> `places` [B, L, heads, D]. Every row of `seen` [B, L] has a token that is: [CLS]."""
@@ -127,6 +159,10 @@ class _Layer:
     between: _Norm
     feed_forward: _FeedForward | ByteFeedForward
     after: _Norm
+
+    def rest(self, gathered: Tensor, rows: Tensor) -> Tensor:
+        """The layer's result from what attention gathered for its input `rows`."""
+        return self.after(self.feed_forward(self.between(self.out.plus(gathered, rows))))
 
     @classmethod
     def of(cls, layer: Any, dtype: torch.dtype) -> _Layer:

@@ -46,6 +46,7 @@ _ENOUGH_WORDS = 20  # word pieces from which on that holds
 _BATCH_TOKENS = 512  # of a batch: products are as fast as of more tokens, and less is padding
 _PADDED = 1.2  # padded tokens of a batch at most, of its own
 _SHARE = 100  # tokens at least that make another core pay
+_HALVED = 32  # tokens from which on a single text pays on two cores in float32; in 8 bits it hardly does
 _CHARACTERS_READ = 20_000  # far more than the tokens that are kept; bounds the tokenizer's work on huge texts
 
 
@@ -401,9 +402,16 @@ class FusedPairs:
 
     def __call__(self, inputs: Sequence[PairInput]) -> Tensor:
         """[B] float32, in batches of about _BATCH_TOKENS padded tokens and of about equal lengths."""
+        if len(inputs) == 1 and self._pays_to_halve(inputs[0]):
+            with torch.inference_mode():
+                ids, types, mask = collate(inputs)
+                return self.encoder.judge(self.body.in_halves(ids, types), types, mask)
         raw = torch.full((len(inputs),), torch.nan)  # a pair that no share had would be no score, not 0
         side_by_side([functools.partial(self._judge, inputs, share, raw) for share in pairs_of_cores(inputs)])
         return raw
+
+    def _pays_to_halve(self, pair: PairInput) -> bool:
+        return self.body.dtype == torch.float32 and len(pair.ids) > _HALVED and torch.get_num_threads() > 1
 
     def _judge(self, inputs: Sequence[PairInput], share: Sequence[int], raw: Tensor) -> None:
         """Writes the scores of the pairs in `share` to `raw` [B]."""

@@ -32,6 +32,9 @@ class ScoresPrefixes(Protocol):
         ...
 
 
+_Text = tuple[Conversation, str, bool]  # a prompt, a response, and whether that is finished (where it matters)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came out of one call. Every fault leaves NaN in the rows that it concerns."""
@@ -49,17 +52,18 @@ class FailClosed:
     """
 
     def __init__(self, scorer: Scorer, limits: ScorerLimits | None = None, *, remembers: int = 0) -> None:
-        """`remembers`: of how many whole texts the last scores are kept, for whoever asks again. A gate has to score
-        from scratch, so a wall that stands before one keeps none.
+        """`remembers`: of how many texts the last scores are kept, for whoever asks again: what the scorer itself said
+        of the very text and prompt, and never what it made of a state.
         """
         self.scorer = scorer
         self.limits = limits or ScorerLimits()
         self.name = str(scorer.name)
         self.fingerprint = str(scorer.fingerprint)
         self.precision: str | None = getattr(scorer, "precision", None)
+        self._marks_ends = isinstance(scorer, ScoresPrefixes)
         self._worker = _Worker()
         self._remembers = remembers
-        self._known: dict[tuple[Conversation, str], float] = {}
+        self._known: dict[_Text, float] = {}
         self._lock = threading.Lock()
 
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> Tensor:
@@ -72,45 +76,35 @@ class FailClosed:
         """Scores B pairs in batches of `limits.rows`. `finished` [B] tells a scorer that distinguishes prefixes."""
         if len(prompts) != len(responses) or (finished is not None and len(finished) != len(responses)):
             raise InvalidArgument("responses", f"as many as the {len(prompts)} prompts", len(responses))
-        ended = None if finished is None else [bool(end) for end in finished]
-        if (known := self._remembered(prompts, responses, ended)) is not None:
-            return known
-        outcomes = []
-        for start in range(0, len(responses), self.limits.rows):
-            rows = slice(start, start + self.limits.rows)
-            part = list(prompts[rows]), list(responses[rows]), None if ended is None else ended[rows]
-            outcomes.append(self._score_batch(*part, start))
-        if not outcomes:
-            return Outcome(torch.empty(0, dtype=torch.float64))
-        outcome = Outcome(torch.cat([o.values for o in outcomes]), _merge(outcomes))
-        self._remember(prompts, responses, ended, outcome.values)
-        return outcome
+        tells = self._marks_ends and finished is not None
+        ends = [bool(end) for end in finished] if tells and finished is not None else [True] * len(responses)
+        texts = list(zip(prompts, responses, ends, strict=True))
+        values = self._remembered(texts)
+        asked = torch.nonzero(torch.isnan(values))[:, 0].tolist()
+        faults: dict[str, None] = {}
+        for start in range(0, len(asked), self.limits.rows):
+            rows = asked[start : start + self.limits.rows]
+            outcome = self._score_batch([texts[row] for row in rows], tells, rows)
+            values[rows] = outcome.values
+            faults |= dict.fromkeys(outcome.faults)
+        self._remember([texts[row] for row in asked], values[asked])
+        return Outcome(values, tuple(faults))
 
-    def _remembered(
-        self, prompts: Sequence[Conversation], responses: Sequence[str], finished: list[bool] | None
-    ) -> Outcome | None:
-        """The scores, if all of these texts are whole and known."""
-        if not self._known or not (finished is None or all(finished)):
-            return None
+    def _remembered(self, texts: Sequence[_Text]) -> Tensor:
+        """[B] float64, NaN where nothing is known."""
         with self._lock:
-            values = [self._known.get(pair, math.nan) for pair in zip(prompts, responses, strict=True)]
-        return None if any(map(math.isnan, values)) else Outcome(torch.tensor(values, dtype=torch.float64))
+            return torch.tensor([self._known.get(text, math.nan) for text in texts], dtype=torch.float64)
 
-    def _remember(
-        self, prompts: Sequence[Conversation], responses: Sequence[str], finished: list[bool] | None, values: Tensor
-    ) -> None:
-        whole = [True] * len(responses) if finished is None else finished
-        if not self._remembers or not any(whole):
+    def _remember(self, texts: Sequence[_Text], values: Tensor) -> None:
+        if not self._remembers:
             return
-        pairs = zip(prompts, responses, strict=True)
-        new = {pair: value for pair, value, end in zip(pairs, values.tolist(), whole, strict=True)
-               if end and math.isfinite(value)}  # fmt: skip
+        new = {text: value for text, value in zip(texts, values.tolist(), strict=True) if math.isfinite(value)}
         with self._lock:
-            for pair in new:
-                self._known.pop(pair, None)  # so that the oldest stand first
+            for text in new:
+                self._known.pop(text, None)  # so that the oldest stand first
             self._known |= new
-            for pair in list(self._known)[: max(0, len(self._known) - self._remembers)]:
-                del self._known[pair]
+            for text in list(self._known)[: max(0, len(self._known) - self._remembers)]:
+                del self._known[text]
 
     def shares_tokens(self, engine: Engine) -> bool:
         """Whether `start` and `advance` can be used with this engine; False where asking fails."""
@@ -140,34 +134,34 @@ class FailClosed:
         result, fault = self._call(job)
         if fault:
             return None, _failed(count, fault)
-        return result[0], self._outcome(result[1], 0)
+        return result[0], self._outcome(result[1], range(count))
 
-    def _score_batch(
-        self, prompts: list[Conversation], responses: list[str], finished: list[bool] | None, first: int
-    ) -> Outcome:
+    def _score_batch(self, texts: Sequence[_Text], tells: bool, rows: Sequence[int]) -> Outcome:
+        """`tells`: whether the ends are known; `rows` are the texts' numbers, to name them by."""
+        prompts, responses, finished = (list(part) for part in zip(*texts, strict=True))
         scorer, count = self.scorer, len(responses)
 
         def job() -> list[float]:
-            if finished is not None and isinstance(scorer, ScoresPrefixes):
-                return _numbers(scorer.score_partial(prompts, responses, finished), count)
+            if tells:
+                return _numbers(scorer.score_partial(prompts, responses, finished), count)  # type: ignore[attr-defined]
             return _numbers(scorer.score(prompts, responses), count)
 
         values, fault = self._call(job)
-        return _failed(count, fault) if fault else self._outcome(values, first)
+        return _failed(count, fault) if fault else self._outcome(values, rows)
 
     def _call(self, job: Callable[[], Any]) -> tuple[Any, str]:
         """(what the job returned, "") or (None, what went wrong)."""
         result, fault = self._worker.call(job, self.limits.seconds)
         return (None, f"{self.name}: {fault}") if fault else (result, "")
 
-    def _outcome(self, values: list[float], first: int) -> Outcome:
-        """Rows that are no finite number become NaN, and are named."""
-        bad = [row for row, value in enumerate(values) if not math.isfinite(value)]
+    def _outcome(self, values: list[float], rows: Sequence[int]) -> Outcome:
+        """Values that are no finite number become NaN, and their rows are named."""
+        bad = [place for place, value in enumerate(values) if not math.isfinite(value)]
         tensor = torch.tensor(values, dtype=torch.float64)
         if not bad:
             return Outcome(tensor)
         tensor[bad] = math.nan
-        named = ", ".join(f"{first + row} ({values[row]})" for row in bad[:8]) + ", ..." * (len(bad) > 8)
+        named = ", ".join(f"{rows[place]} ({values[place]})" for place in bad[:8]) + ", ..." * (len(bad) > 8)
         return Outcome(tensor, (f"{self.name}: {len(bad)} of {len(values)} scores are not finite: rows {named}",))
 
 
@@ -249,7 +243,3 @@ def _state(state: Any) -> Any:
 
 def _failed(count: int, fault: str) -> Outcome:
     return Outcome(torch.full((count,), math.nan, dtype=torch.float64), (fault,))
-
-
-def _merge(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(fault for outcome in outcomes for fault in outcome.faults))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,7 @@ class Ledger:
     budget: SafetyBudget
     accounting: Accounting
     ranks_open: bool = False  # open rows are asked for their reward too, so that a state of it pays
+    gate_cost: FailClosed | None = None  # charges a prompt's only row: if it leaves, the gate has read it already
 
     @classmethod
     def of(
@@ -39,7 +41,8 @@ class Ledger:
         """Wraps the models' scorers where they are not wrapped yet. `limit` is D, in tokens."""
         reward, cost = fail_closed(models.reward, models), fail_closed(models.cost, models)
         terms = {index: Terms(prompt, limit) for index, prompt in enumerate(prompts)}
-        return cls(terms, models.engine, reward, cost, budget, kind, ranks_open)
+        gate_cost = None if models.gate_cost is None else fail_closed(models.gate_cost, models)
+        return cls(terms, models.engine, reward, cost, budget, kind, ranks_open, gate_cost)
 
     def start(self, rows: Beams) -> Beams:
         """The first rows with the whole budget, and the states of scorers that read new tokens only."""
@@ -99,15 +102,20 @@ class Ledger:
 
     def block_scores(self, rows: Beams, which: Tensor) -> Outcome:
         """The cost model's scores, as the accounting asks, of the rows in `which` [B] bool; NaN elsewhere."""
-        asked = torch.nonzero(which)[:, 0].tolist()
-        if self.accounting == "accumulate":
-            texts = [block_texts(self.engine, rows.token_ids[row], rows.blocks[row])[-1] for row in asked]
-        else:
-            texts = [self._text(rows, row) for row in asked]
-        outcome = self.cost.outcome(self._prompts(rows, asked), texts, rows.finished[asked])
-        values = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-        values[asked] = outcome.values
-        return replace(outcome, values=values)
+        values, faults = torch.full((len(rows),), torch.nan, dtype=torch.float64), dict[str, None]()
+        alone = _alone(rows) if self.gate_cost is not None else torch.zeros_like(which)
+        for scorer, mine in ((self.cost, which & ~alone), (self.gate_cost, which & alone)):
+            asked = torch.nonzero(mine)[:, 0].tolist()
+            if scorer is None or not asked:
+                continue
+            if self.accounting == "accumulate":
+                texts = [block_texts(self.engine, rows.token_ids[row], rows.blocks[row])[-1] for row in asked]
+            else:
+                texts = [self._text(rows, row) for row in asked]
+            outcome = scorer.outcome(self._prompts(rows, asked), texts, rows.finished[asked])
+            values[asked] = outcome.values
+            faults |= dict.fromkeys(outcome.faults)
+        return Outcome(values, tuple(faults))
 
     def _advance(self, rows: Beams) -> tuple[Beams, Outcome]:
         new = [
@@ -158,6 +166,13 @@ class Reading:
             return grown, outcome
         others = sorted(set(range(len(rows))) - set(asked))
         return grown.join(self.take(torch.tensor(others))).take(torch.tensor([*asked, *others]).argsort()), outcome
+
+
+def _alone(rows: Beams) -> Tensor:
+    """[B] bool: the rows that are their prompt's only one."""
+    prompts = rows.prompt_index.tolist()
+    counts = Counter(prompts)
+    return torch.tensor([counts[prompt] == 1 for prompt in prompts])
 
 
 def fail_closed(scorer: Scorer, models: Models) -> FailClosed:
