@@ -26,6 +26,7 @@ from inferenceguard.llama import AttentionOptions, FusedLlama
 
 ATTENTION = "inferenceguard"
 STACKED = 512  # tokens of a prompt whose keys may be copied to lie beside other prompts'
+_FEW = 4  # rows in all whose prompts may be copied for each, though they be of one prompt
 _ALIKE = 32  # tokens by which the lengths of prompts in one stack may differ
 # In float32 on CPU, MKL multiplies a row differently in very small batches; in multiples of 4 rows, a row's result was
 # the same bit pattern in every batch (docs/log.md). So float32 batches are padded to multiples of this.
@@ -337,7 +338,7 @@ def _with_room(groups: Sequence[Sequence[Slab]], room: int) -> tuple[tuple[Slab,
 def _go_together(rows: Sequence[tuple[Prefix, int]]) -> bool:
     """Whether every row may have its prompt's keys to itself: where that copies little more than the prompts."""
     prompts = {id(prefix): prefix for prefix, _ in rows}
-    if rows[0][0].keys[0].dtype == torch.float32 or len(rows) > 2 * len(prompts):
+    if rows[0][0].keys[0].dtype == torch.float32 or len(rows) > max(2 * len(prompts), _FEW):
         return False
     if len(rows) == 1:
         return True
