@@ -6,8 +6,10 @@ import json
 import math
 import random
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -494,6 +496,43 @@ def test_attention_summed_by_the_values_product_is_torchs_own(length: int, size:
     assert torch.allclose(ours, wanted, atol=0.03)
     only = value[2, :, :1].transpose(0, 1).float().expand(length, -1, -1)
     assert torch.allclose(ours[2], only, rtol=0.01)  # one token is seen
+
+
+@pytest.mark.parametrize("words", [30, 31, 45, 61, 62, 63, 100, 180])
+def test_a_text_in_halves_is_read_as_in_one(words: int) -> None:
+    """The shipped encoder in float32, texts of 33 tokens and more: as without, and as MiniLM's own modules read it."""
+    cost = EmbeddedCost.load()
+    pair = cost.reader.read("how do i bake bread", " ".join((WORDS * 10)[:words]))
+    with mock.patch.object(torch, "get_num_threads", return_value=2):
+        assert cost.forward._pays_to_halve(pair)
+        halved = cost.forward([pair])
+    with mock.patch.object(torch, "get_num_threads", return_value=1):
+        assert not cost.forward._pays_to_halve(pair)
+        whole = cost.forward([pair])
+    torch.testing.assert_close(halved, whole, rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        plain = cost.encoder(*embedded.collate([pair]))
+    torch.testing.assert_close(halved, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_half_that_fails_is_an_error_and_keeps_nobody_waiting(layer: int, half: int) -> None:
+    cost = EmbeddedCost.load()
+    pair = cost.reader.read("how do i bake bread", " ".join((WORDS * 10)[:60]))
+    body, here = cost.forward.body, threading.get_ident()  # the first half is read in this thread
+    real: Any = body.layers[layer].qkv
+
+    def fails(rows: torch.Tensor) -> torch.Tensor:
+        if (threading.get_ident() == here) == (half == 0):
+            raise ValueError("this half")
+        result: torch.Tensor = real(rows)
+        return result
+
+    failing: Any = fails
+    body.layers[layer] = replace(body.layers[layer], qkv=failing)
+    with mock.patch.object(torch, "get_num_threads", return_value=2), pytest.raises(ValueError, match="this half"):
+        cost.forward([pair])
 
 
 @given(st.lists(st.integers(3, 323), max_size=60), st.integers(1, 5))

@@ -346,6 +346,45 @@ def test_incremental_scores_steer_but_do_not_decide():
             assert response.cost == cost.exact(prompt, response.text) <= 0.5
 
 
+class Counting(ToyCost):
+    """Notes every text that it is asked about."""
+
+    def __init__(self, world):
+        super().__init__(world)
+        self.asked = []
+
+    def score(self, prompts, responses):
+        self.asked += zip(prompts, responses, strict=True)
+        return super().score(prompts, responses)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_prompts_only_row_is_charged_by_the_gates_model_which_then_need_not_read_it_again(streams):
+    """The search's own model is wrong and never asked; each text is read once, and the answer is what it was."""
+    rough, exact = Counting(77), Counting(1)
+    strategy = InferenceGuard(4, 2, 2, 8, budget=SafetyBudget(60.0), widths=(1,), threshold=0.0, margin=0.0)
+    guard = Guard(ToyEngine(1, end_logit=-50.0), ToyReward(1), rough, gate_cost=exact, strategy=strategy)
+    responses = [event.response for event in guard.stream(PROMPTS)] if streams else guard.generate(PROMPTS)
+    responses = [response for response in responses if response is not None]
+    assert [response.usage.proposed_tokens for response in responses] == [8] * len(PROMPTS), "narrow throughout"
+    assert rough.asked == []
+    assert len(exact.asked) == len(set(exact.asked)) == 4 * len(PROMPTS), "four blocks, each read once"
+    for prompt, response in zip(PROMPTS, responses, strict=True):
+        assert response.cost == exact.exact(prompt, response.text)
+        assert replay(json.loads(json.dumps(response.record)), FailClosed(ToyCost(1))).holds
+
+
+def test_where_a_prompt_has_more_rows_the_gates_model_reads_what_leaves_and_nothing_else():
+    rough, exact = Counting(1), Counting(1)
+    strategy = InferenceGuard(4, 2, 2, 8, budget=SafetyBudget(60.0))
+    guard = Guard(ToyEngine(1, end_logit=-50.0), ToyReward(1), rough, gate_cost=exact, strategy=strategy)
+    responses = guard.generate(PROMPTS)
+    assert len(rough.asked) > 4 * len(PROMPTS)
+    released = {conversation(prompt): response.text for prompt, response in zip(PROMPTS, responses, strict=True)}
+    assert len(exact.asked) == 4 * len(PROMPTS), "what leaves, at the end of each of its four blocks"
+    assert all(released[prompt].startswith(text) for prompt, text in exact.asked)
+
+
 def test_records_replay_and_forged_ones_do_not():
     guard, cost = simple_guard(), FailClosed(ToyCost(1))
     for seed in range(10):

@@ -86,6 +86,8 @@ class FusedBert(FusedPass):
                     seen = scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in (query, key, value)))
                     rows = layer.rest(seen[0].transpose(0, 1).reshape(size, -1), rows)
                 halves[half] = rows
+            except threading.BrokenBarrierError:
+                return  # the other half has failed, and says why
             except BaseException:
                 both.abort()  # or the other would wait for ever
                 raise
