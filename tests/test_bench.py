@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +162,7 @@ def test_llama_cpp_draws_for_all_rows_at_once_or_is_skipped(monkeypatch):
     class Server:
         def __init__(self, params) -> None:
             assert (params.n_parallel, params.n_ctx) == (3, 192)
+            assert "GOMP_SPINCOUNT" not in os.environ, "ours, and no setting of llama.cpp's"
 
         def handle_completions(self, request):
             together.wait()  # breaks unless three requests are in flight
@@ -168,7 +171,14 @@ def test_llama_cpp_draws_for_all_rows_at_once_or_is_skipped(monkeypatch):
 
     cpu = SimpleNamespace
     params = SimpleNamespace(model=cpu(), cpuparams=cpu(), cpuparams_batch=cpu())
-    monkeypatch.setitem(sys.modules, "xllamacpp", SimpleNamespace(CommonParams=lambda: params, Server=Server))
+    library = SimpleNamespace(CommonParams=lambda: params, Server=Server, __spec__="found")
+    monkeypatch.setitem(sys.modules, "xllamacpp", library)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    # A thread in place of the process, which would not see the library that stands in.
+    monkeypatch.setattr(
+        rivals, "ProcessPoolExecutor",
+        lambda workers, _, start, given: ThreadPoolExecutor(workers, initializer=start, initargs=given),
+    )  # fmt: skip
     with rivals.llama_cpp(3, 64, SAMPLING) as rival:
         assert rival.draw([1, 2], 5) == 15
     assert sorted(request["seed"] for request in asked) == [0, 1, 2]
