@@ -30,7 +30,7 @@ from inferenceguard.text import visible_text
 
 SAMPLING = Sampling(temperature=TEMPERATURE)
 SHORT, MIDDLE, LONG = Rounds(5, 9, 30), Rounds(3, 7, 60), Rounds(2, 3, 150)
-STEADY = Rounds(5, 15, 90)  # for ratios near 1 of runs of seconds
+STEADY = Rounds(5, 25, 240)  # for ratios near 1 of runs of seconds
 PATIENCE = ScorerLimits(seconds=900)
 CRITIC_WIDTH = 256  # of the embedded critic
 NEVER = 1e6  # a budget that nothing overspends, where both sides must do the same work
