@@ -17,7 +17,7 @@ _LEVELS = 16
 _ZERO = 8  # torch's kernel has weight = (level - 8) * scale + offset
 _OUTPUTS = 16  # it takes a multiple of these
 # Of a group's largest weight: how far one may be off. bfloat16 itself is off by 2^-9 of a weight, and scale and offset
-# are held in it once more. Weights on no grid are off by up to 2^-5 of it.
+# are held in it once more. Weights on no grid are off by up to half a step, 2^-4 of it where they have both signs.
 _TOLERANCE = 2.0**-7
 _AT_ONCE = 2**21  # weights that are fitted at a time: these stay in the cache
 
