@@ -92,6 +92,8 @@ class FailClosed:
 
     def _remembered(self, texts: Sequence[_Text]) -> Tensor:
         """[B] float64, NaN where nothing is known."""
+        if not self._known:
+            return torch.full((len(texts),), math.nan, dtype=torch.float64)
         with self._lock:
             return torch.tensor([self._known.get(text, math.nan) for text in texts], dtype=torch.float64)
 

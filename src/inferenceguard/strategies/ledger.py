@@ -101,7 +101,10 @@ class Ledger:
         return replace(outcome, values=values), states
 
     def block_scores(self, rows: Beams, which: Tensor) -> Outcome:
-        """The cost model's scores, as the accounting asks, of the rows in `which` [B] bool; NaN elsewhere."""
+        """The cost model's scores, as the accounting asks, of the rows in `which` [B] bool; NaN elsewhere.
+
+        A prompt's only row is scored as the gate runs the model.
+        """
         values, faults = torch.full((len(rows),), torch.nan, dtype=torch.float64), dict[str, None]()
         alone = _alone(rows) if self.gate_cost is not None else torch.zeros_like(which)
         for scorer, mine in ((self.cost, which & ~alone), (self.gate_cost, which & alone)):
