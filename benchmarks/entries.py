@@ -30,7 +30,7 @@ from inferenceguard.text import visible_text
 
 SAMPLING = Sampling(temperature=TEMPERATURE)
 SHORT, MIDDLE, LONG = Rounds(5, 9, 30), Rounds(3, 7, 60), Rounds(2, 3, 150)
-STEADY = Rounds(5, 25, 240)  # for ratios near 1 of runs of seconds
+STEADY = Rounds(5, 25, 240)  # for ratios near 1
 PATIENCE = ScorerLimits(seconds=900)
 CRITIC_WIDTH = 256  # of the embedded critic
 NEVER = 1e6  # a budget that nothing overspends, where both sides must do the same work
@@ -354,7 +354,7 @@ def benign_auto(lab: Lab) -> Row:
     lab.tick("warm-up")
     guard.generate(prompts[0])
     row = lab.compare(
-        "benign-auto", ("auto", auto), ("plain", plain), MIDDLE, Bar("<=", 1.15),
+        "benign-auto", ("auto", auto), ("plain", plain), STEADY, Bar("<=", 1.15),
         "one sample of the same engine, no guard", {"prompts": len(prompts), "tokens": tokens, "widths": [1, 4, 16]},
     )  # fmt: skip
     row.settings["tokens_per_response"] = {name: mean(counts) for name, counts in seen.items()}
