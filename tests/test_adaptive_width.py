@@ -18,10 +18,8 @@ from inferenceguard.guard import FALLBACKS, Guard
 from inferenceguard.record import replay
 from inferenceguard.scorers import FunctionScorer
 from inferenceguard.search import SearchPlan
-from inferenceguard.session import Question, Session
 from inferenceguard.strategies import InferenceGuard
 from inferenceguard.testing import ToyCost, ToyCritic, ToyEngine, ToyReward, check_strategy
-from test_session import alone, same, together
 
 PROMPT = "be kind"
 NO_END = -50.0  # an end logit: the toy never ends before the length limit
@@ -145,65 +143,3 @@ def test_auto_by_name() -> None:
     assert (strategy.n_beams, strategy.widths) == (config.PRESET_BEAMS, (1, 4))
     with pytest.raises(InvalidArgument, match="n_beams"):
         config.parse_config({"search": {"n_beams": "most"}}).strategy()
-
-
-def by_prompt(**costs: float) -> Callable[..., Any]:
-    """A cost that depends on the prompt alone, by the last word of its text."""
-    return lambda prompts, responses: [costs[prompt.split()[-1]] for prompt in prompts]
-
-
-class Counted(ToyEngine):
-    """Notes how many rows each draw had, of how many prompts."""
-
-    def __init__(self) -> None:
-        super().__init__(seed=4, end_logit=NO_END)
-        self.draws: list[tuple[int, int]] = []
-
-    def extend(self, beams: Any, *more: Any) -> Any:
-        self.draws.append((len(beams), len(set(beams.prompt_index.tolist()))))
-        return super().extend(beams, *more)
-
-
-def test_a_prompt_that_widens_draws_beside_the_others_next_blocks() -> None:
-    engine = Counted()
-    strategy = InferenceGuard(8, 2, 2, 6, widths=(1, 4))
-    scorer = FunctionScorer("by prompt", by_prompt(kind=-5.0, rude=-0.5))
-    both = Guard(engine, ToyReward(1), scorer, strategy=strategy)
-    session, ended = Session(both), dict[int, int]()
-    for text in ("be kind", "be rude"):
-        session.submit(Question(conversation(text), 0, strategy, Sampling()))
-    for step in range(1, 10):
-        for event in session.step():
-            if event.response is not None:
-                ended[event.number] = step
-                assert event.response.text == both.generate(["be kind", "be rude"][event.number], seed=0)[0].text
-    assert ended == {0: 3, 1: 9}, "three blocks of one attempt, and three of three"
-    engine.draws.clear()
-    both.generate(["be kind", "be rude"])
-    assert engine.draws == [(2, 2), (5, 2), (9, 2), (1, 1), (4, 1), (8, 1), (1, 1), (4, 1), (8, 1)]
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_who_joins_or_leaves_between_attempts_changes_no_other_answer(seed: int) -> None:
-    strategy = InferenceGuard(8, 2, 2, 6, widths=(1, 4), retries=1)
-    guard = Guard(ToyEngine(seed=4, end_logit=-0.5), ToyReward(1), ToyCost(2, low=-1.25), strategy=strategy)
-    asked = [Question(conversation(text), seed, strategy, Sampling()) for text in ("be kind", "be rude", "be plain")]
-    for index, response in together(guard, asked * 3, seed, cancel=0.3).items():
-        same(response, alone(guard, (asked * 3)[index]))
-
-
-def test_a_fault_is_told_to_those_who_were_in_the_call() -> None:
-    calls = []
-
-    def cost(prompts: Any, responses: Any) -> list[float]:
-        calls.append(len(prompts))
-        if len(calls) == 2:
-            raise RuntimeError("this call fails on purpose")
-        return [float(value) for value in by_prompt(kind=-5.0, rude=-0.5)(prompts, responses)]
-
-    strategy = InferenceGuard(8, 2, 2, 2, widths=(1, 4))
-    both = Guard(ToyEngine(seed=4, end_logit=NO_END), ToyReward(1), FunctionScorer("twice", cost), strategy=strategy)
-    kind, rude = (answer.record["search"][0] for answer in both.generate(["be kind", "be rude"]))
-    assert kind["faults"] == []
-    assert [fault.split(":")[0] for fault in rude["faults"]] == ["twice"]
-    assert rude["fate"].count("scorer fault") == 4
