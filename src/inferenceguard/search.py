@@ -135,7 +135,8 @@ def run(search: Search, prompts: Sequence[Conversation], seeds: Sequence[int]) -
     terms = {index: Terms(prompt, search.plan.max_new_tokens) for index, prompt in enumerate(prompts)}
     search.admit(terms, seeds)
     while search.going:
-        if search.step() and search.going:
+        search.step()
+        if search.going:
             yield SearchStep(search.alive, None)
     result = search.take(list(terms))
     yield SearchStep(result.beams, result)
@@ -169,8 +170,6 @@ class Search:
         self._mixes_sampling = propose is None and isinstance(engine, MixesSampling)
         self._trace: dict[int, list[BlockTrace]] = {}
         self._steps: dict[int, int] = {}  # blocks that each prompt has drawn: its draws are numbered by them
-        self._attempts: dict[int, int] = {}  # and how often it has proposed the block at hand
-        self._waiting: _Proposals | None = None  # of blocks that are to be proposed again
         self._wide: set[int] = set()  # prompts that went back
         self._rows: Beams | None = None  # open rows
         self._held: Beams  # finished rows
@@ -191,7 +190,6 @@ class Search:
         rows = self.start(replace(begun, prompt_index=torch.tensor(list(terms), dtype=torch.int64)))
         self._trace |= {number: [] for number in terms}
         self._steps |= dict.fromkeys(terms, 0)
-        self._attempts |= dict.fromkeys(terms, 0)
         if self._rows is None or not len(self._rows):
             self._rows = rows
         else:
@@ -217,31 +215,23 @@ class Search:
         """The blocks of a prompt so far."""
         return self._trace[number]
 
-    def step(self) -> bool:
-        """One draw for every prompt that is going: propose, charge, score; then keep, for those that need no more.
+    def step(self) -> None:
+        """One block of every prompt that is going: propose, charge, score, keep.
 
-        Returns whether a block of any prompt has ended. Raises EngineFault if the engine fails.
+        Raises EngineFault if the engine fails.
         """
         assert self._rows is not None
         rows, held, narrow = self._rows, self._held, self._narrow
-        proposals, settled = self._propose(rows, held)
-        if not settled:
-            return False
+        proposals = self._propose(rows, held)
         self._rejected = join(self._rejected, _rejected(proposals))
         back = _failed(proposals, held) & set(narrow.prompt_index.tolist())
         going, self._held = self._keep(proposals, held, back)
         self._wide |= back
         returned = narrow.take(_of_prompts(narrow, back))
-        begun = rows.take(_of_prompts(rows, self._narrowly(proposals) & set(going.prompt_index.tolist())))
-        waiting = set(rows.prompt_index.tolist()) - settled
-        self._narrow = join(narrow.take(_of_prompts(narrow, waiting)), begun) if waiting else begun
+        self._narrow = rows.take(_of_prompts(rows, self._narrowly(proposals) & set(going.prompt_index.tolist())))
         self._rows = join(going, returned) if back else going
-        if waiting:
-            self._rows = join(rows.take(_of_prompts(rows, waiting)), self._rows)
-        for prompt in settled:
+        for prompt in set(rows.prompt_index.tolist()):
             self._steps[prompt] += 1
-            self._attempts[prompt] = len(self.plan.widths) if prompt in self._wide else 0
-        return True
 
     def take(self, numbers: Sequence[int]) -> SearchResult:
         """Prompts leave, done or not, and all that is theirs with them. `trace` is in the order of `numbers`."""
@@ -259,49 +249,46 @@ class Search:
         self._rows, self._narrow, self._held, self._rejected = (
             _without(rows, leave) for rows in (self._rows, self._narrow, self._held, self._rejected)
         )
-        if self._waiting is not None and set(self._waiting.beams.prompt_index.tolist()) & leave:
-            others = set(self._waiting.beams.prompt_index.tolist()) - leave
-            kept = _of_prompts(self._waiting.beams, others)
-            self._waiting = self._waiting.take(kept) if kept else None
         self._wide -= leave
         for number in numbers:
-            del self._steps[number], self._attempts[number], self.terms[number]
+            del self._steps[number], self.terms[number]
         return result
 
-    def _propose(self, rows: Beams, held: Beams) -> tuple[_Proposals, set[int]]:
-        """(all proposals of the prompts whose block ends with this draw, these prompts); the others' wait.
+    def _propose(self, rows: Beams, held: Beams) -> _Proposals:
+        """N proposals per prompt; prompts with nothing feasible propose again, at most M times.
 
-        A block takes N proposals per prompt, and again at most M times where nothing is feasible. With widths, prompts
-        that have not gone back begin with few, and stop at the first that is calm.
+        With widths, prompts that have not gone back begin with few, and stop at the first that is calm.
         """
-        drawn = self._attempt(rows)
-        proposals = drawn if self._waiting is None else self._waiting.join(drawn)
-        owners, scored = proposals.beams.prompt_index, proposals.scored
-        calm, feasible = (set(owners[found].tolist()) for found in (scored.settled, scored.feasible))
-        settled, ended = set[int](), set(held.prompt_index.tolist())
-        for prompt in set(rows.prompt_index.tolist()):
-            attempt = self._attempts[prompt]
-            enough = calm if attempt < len(self.plan.widths) else feasible
-            if prompt in enough or prompt in ended or attempt + 1 == self.plan.attempts:
-                settled.add(prompt)
-            else:
-                self._attempts[prompt] = attempt + 1
-        theirs = set(owners.tolist()) - settled
-        if not theirs:
-            self._waiting = None
-            return proposals, settled
-        self._waiting = proposals.take(_of_prompts(proposals.beams, theirs))
-        return proposals.take(_of_prompts(proposals.beams, settled)), settled
+        first, prompts, wide = len(self.plan.widths), set(rows.prompt_index.tolist()), self._wide
+        waiting = prompts - wide if first else prompts  # who draws in the attempt at hand
+        proposals: _Proposals | None = None
+        for attempt in range(self.plan.attempts):
+            if attempt == first and first:
+                waiting |= wide & prompts
+            if not waiting:
+                if attempt >= first:
+                    break
+                continue
+            chosen = rows if waiting == prompts else rows.take(_of_prompts(rows, waiting))
+            bias = None
+            if proposals is not None and attempt > first:
+                bias = _discourage(proposals, chosen, self.plan.discourage, self.engine.vocabulary)
+            drawn = self._attempt(chosen, attempt, bias)
+            proposals = drawn if proposals is None else proposals.join(drawn)
+            enough = proposals.scored.settled if attempt < first else proposals.scored.feasible
+            waiting = waiting - set(proposals.beams.prompt_index[enough].tolist()) - set(held.prompt_index.tolist())
+        assert proposals is not None
+        return proposals
 
     def _narrowly(self, proposals: _Proposals) -> set[int]:
         """The prompts whose block was settled by less than N proposals."""
         wide = proposals.beams.prompt_index[proposals.attempt >= len(self.plan.widths)]
         return set(proposals.beams.prompt_index.tolist()) - set(wide.tolist())
 
-    def _attempt(self, rows: Beams) -> _Proposals:
+    def _attempt(self, rows: Beams, attempt: int, bias: Tensor | None) -> _Proposals:
         """extend -> charge -> score, once for all rows."""
         try:
-            after, source = self._draw(rows)
+            after, source = self._draw(rows, attempt, bias)
         except InferenceGuardError:
             raise
         except Exception as error:
@@ -315,69 +302,52 @@ class Search:
             replace(charged.beams, score=scored.score, states=states),
             replace(scored, faults=(), states=None),
             charged.cost,
-            torch.tensor([self._attempts[prompt] for prompt in after.prompt_index.tolist()]),
+            torch.full((len(after),), attempt),
             torch.tensor(drawn),
-            dict.fromkeys(rows.prompt_index.tolist(), tuple(dict.fromkeys(charged.faults + scored.faults))),
+            tuple(dict.fromkeys(charged.faults + scored.faults)),
         )
 
-    def _draw(self, rows: Beams) -> tuple[Beams, Tensor]:
+    def _draw(self, rows: Beams, attempt: int, bias: Tensor | None) -> tuple[Beams, Tensor]:
         """(proposals [N], the row that each continues [N]).
 
         Rows may draw different numbers of tokens (before their limit, or behind others that did not go back): these
-        are drawn apart, and so are those that are discouraged. Where prompts are at different blocks or attempts, so
-        that the numbers of their draws differ, or sample in ways of their own, one call draws for all if the engine
-        can (MixesDraws, MixesSampling).
+        are drawn apart. Where prompts are at different blocks, so that the numbers of their draws differ, or sample in
+        ways of their own, one call draws for all if the engine can (MixesDraws, MixesSampling).
         """
         prompts = rows.prompt_index.tolist()
         room = [self.terms[prompt].max_new_tokens - len(tokens)
                 for prompt, tokens in zip(prompts, rows.token_ids, strict=True)]  # fmt: skip
         tokens = [min(self.plan.block_tokens, left) for left in room]
-        draws = [self._steps[prompt] * self.plan.attempts + self._attempts[prompt] for prompt in prompts]
-        again = [self._attempts[prompt] > len(self.plan.widths) for prompt in prompts]
+        draws = [self._steps[prompt] * self.plan.attempts + attempt for prompt in prompts]
         samplings = [self.terms[prompt].sampling or self.sampling for prompt in prompts]
         place = {sampling: number for number, sampling in enumerate(dict.fromkeys(samplings))}
         kinds = [
-            (count, 0 if self._mixes_draws else draw, 0 if self._mixes_sampling else place[sampling], failed)
-            for count, draw, sampling, failed in zip(tokens, draws, samplings, again, strict=True)
+            (count, 0 if self._mixes_draws else draw, 0 if self._mixes_sampling else place[sampling])
+            for count, draw, sampling in zip(tokens, draws, samplings, strict=True)
         ]
         parts = []
         for kind in sorted(set(kinds)):
             chosen = [row for row, other in enumerate(kinds) if other == kind]
             some = torch.tensor(chosen)
-            part = rows if len(chosen) == len(rows) else rows.take(some)
-            bias = self._discourage(part) if kind[-1] else None
+            part, mine = (rows, bias) if len(chosen) == len(rows) else (
+                rows.take(some), None if bias is None else bias[some])  # fmt: skip
             own = [draws[row] for row in chosen], [samplings[row] for row in chosen]
-            after, source = self._extend(part, kind[0], *own, bias)
+            after, source = self._extend(part, attempt, kind[0], *own, mine)
             parts.append((after, some[source]))
         return functools.reduce(join, (after for after, _ in parts)), torch.cat([source for _, source in parts])
 
     def _extend(
-        self, rows: Beams, tokens: int, draws: list[int], samplings: list[Sampling], bias: Tensor | None
+        self, rows: Beams, attempt: int, tokens: int, draws: list[int], samplings: list[Sampling], bias: Tensor | None
     ) -> tuple[Beams, Tensor]:
         """The strategy's own proposals, or N samples of the frozen LLM per prompt, N / B of each row."""
         if self.propose is not None:
             return self.propose(rows, tokens, draws[0], bias)
-        source = _spread(rows, {prompt: self.widths[attempt] for prompt, attempt in self._attempts.items()})
+        source = _spread(rows, self.widths[attempt])
         engine: Any = self.engine  # which may take a number and a sampling per row
         number = draws[0] if len(set(draws)) == 1 else torch.tensor(draws)[source]
         sampling = samplings[0] if len(set(samplings)) == 1 else [samplings[row] for row in source.tolist()]
         spread = None if bias is None else bias[source]
         return engine.extend(rows.take(source), tokens, sampling, number, spread), source
-
-    def _discourage(self, rows: Beams) -> Tensor:
-        """[B, V] bias for rows that propose their block again: minus `discourage` times the share of the prompt's
-        failed proposals that used the token.
-        """
-        assert self._waiting is not None
-        bias, failed = torch.zeros(len(rows), self.engine.vocabulary), self._waiting
-        for prompt in set(rows.prompt_index.tolist()):
-            used = torch.zeros(self.engine.vocabulary)
-            members = torch.nonzero(failed.beams.prompt_index == prompt)[:, 0].tolist()
-            for row in members:
-                block = failed.beams.token_ids[row][-int(failed.drawn[row]) :]
-                used[list(set(block))] += 1
-            bias[rows.prompt_index == prompt] = -self.plan.discourage * used / len(members)
-        return bias
 
     def _close_block(self, after: Beams, rows: Beams, source: Tensor) -> Beams:
         """Notes where the block ends, and that rows at their length limit or at a stop text are finished."""
@@ -464,27 +434,7 @@ class _Proposals:
     cost: Tensor  # [B]
     attempt: Tensor  # [B]: 0, or the number of the retry that proposed the row
     drawn: Tensor  # [B]: tokens that the row gained in this block
-    faults: Mapping[int, tuple[str, ...]]  # of each prompt
-
-    def take(self, rows: Sequence[int]) -> _Proposals:
-        """Those of some of the prompts."""
-        index, scored = torch.tensor(rows, dtype=torch.int64), self.scored
-        beams = self.beams.take(index)
-        return _Proposals(
-            beams,
-            Scored(
-                scored.score[index],
-                scored.feasible[index],
-                scored.tie[index],
-                scored.usable[index],
-                scored.p_safe[index],
-                calm=scored.settled[index],
-            ),
-            self.cost[index],
-            self.attempt[index],
-            self.drawn[index],
-            {prompt: self.faults[prompt] for prompt in set(beams.prompt_index.tolist())},
-        )
+    faults: tuple[str, ...]
 
     def join(self, other: _Proposals) -> _Proposals:
         mine, theirs = self.scored, other.scored
@@ -502,10 +452,7 @@ class _Proposals:
             torch.cat([self.cost, other.cost]),
             torch.cat([self.attempt, other.attempt]),
             torch.cat([self.drawn, other.drawn]),
-            {
-                prompt: tuple(dict.fromkeys(self.faults.get(prompt, ()) + other.faults.get(prompt, ())))
-                for prompt in {**self.faults, **other.faults}
-            },
+            tuple(dict.fromkeys(self.faults + other.faults)),
         )
 
 
@@ -528,13 +475,13 @@ def _without(rows: Beams, prompts: Set[int]) -> Beams:
     return rows if len(kept) == len(rows) else rows.take(kept)
 
 
-def _spread(rows: Beams, widths: Mapping[int, int]) -> Tensor:
-    """Which row each proposal continues: the prompt's width over its rows, the rest to the first ones."""
+def _spread(rows: Beams, n_beams: int) -> Tensor:
+    """[N per prompt] which row each proposal continues: N over the prompt's rows, the rest to the first ones."""
     source: list[int] = []
     prompts = rows.prompt_index.tolist()
     for prompt in dict.fromkeys(prompts):
         mine = [row for row, owner in enumerate(prompts) if owner == prompt]
-        each, rest = divmod(widths[prompt], len(mine))
+        each, rest = divmod(n_beams, len(mine))
         for place, row in enumerate(mine):
             source += [row] * (each + (place < rest))
     return torch.tensor(source, dtype=torch.int64)
@@ -561,6 +508,19 @@ def quarter(n_beams: int) -> int:
     return next(keep for keep in range(max(1, n_beams // 4), 0, -1) if n_beams % keep == 0)
 
 
+def _discourage(failed: _Proposals, rows: Beams, weight: float, vocabulary: int) -> Tensor:
+    """[B, V] bias for `rows`: minus `weight` times the share of the prompt's failed proposals that used the token."""
+    bias = torch.zeros(len(rows), vocabulary)
+    for prompt in set(rows.prompt_index.tolist()):
+        used = torch.zeros(vocabulary)
+        members = torch.nonzero(failed.beams.prompt_index == prompt)[:, 0].tolist()
+        for row in members:
+            block = failed.beams.token_ids[row][-int(failed.drawn[row]) :]
+            used[list(set(block))] += 1
+        bias[rows.prompt_index == prompt] = -weight * used / len(members)
+    return bias
+
+
 def _trace(proposals: _Proposals, rows: list[int], kept: set[int]) -> BlockTrace:
     scored, beams = proposals.scored, proposals.beams
     return BlockTrace(
@@ -574,7 +534,7 @@ def _trace(proposals: _Proposals, rows: list[int], kept: set[int]) -> BlockTrace
         score=tuple(_number(scored.score[row]) for row in rows),
         p_safe=tuple(_number(scored.p_safe[row]) for row in rows),
         fate=tuple("kept" if row in kept else _fate(proposals, row) for row in rows),
-        faults=proposals.faults[int(beams.prompt_index[rows[0]])],
+        faults=proposals.faults,
     )
 
 
