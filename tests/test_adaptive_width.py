@@ -18,8 +18,10 @@ from inferenceguard.guard import FALLBACKS, Guard
 from inferenceguard.record import replay
 from inferenceguard.scorers import FunctionScorer
 from inferenceguard.search import SearchPlan
+from inferenceguard.session import Question
 from inferenceguard.strategies import InferenceGuard
 from inferenceguard.testing import ToyCost, ToyCritic, ToyEngine, ToyReward, check_strategy
+from test_session import alone, same, together
 
 PROMPT = "be kind"
 NO_END = -50.0  # an end logit: the toy never ends before the length limit
@@ -143,3 +145,12 @@ def test_auto_by_name() -> None:
     assert (strategy.n_beams, strategy.widths) == (config.PRESET_BEAMS, (1, 4))
     with pytest.raises(InvalidArgument, match="n_beams"):
         config.parse_config({"search": {"n_beams": "most"}}).strategy()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_who_joins_or_leaves_changes_no_other_answer(seed: int) -> None:
+    strategy = InferenceGuard(8, 2, 2, 6, widths=(1, 4), retries=1)
+    guard = Guard(ToyEngine(seed=4, end_logit=-0.5), ToyReward(1), ToyCost(2, low=-1.25), strategy=strategy)
+    asked = [Question(conversation(text), seed, strategy, Sampling()) for text in ("be kind", "be rude", "be plain")]
+    for index, response in together(guard, asked * 3, seed, cancel=0.3).items():
+        same(response, alone(guard, (asked * 3)[index]))
